@@ -1,0 +1,30 @@
+"""Expected faults: what the user did or has is not as it must be. The command line prints them without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+BAD_INPUT = 2
+"""Exit status of an expected fault: nothing was trained."""
+FAILED = 1
+"""Exit status of a fault that appeared while working."""
+
+
+class Fault(Exception):
+    """An expected fault: says what was given, what was expected and what to do.
+
+    `details` are listed below the message, one a line (every bad file of a folder, say).
+    """
+
+    status = BAD_INPUT
+
+    def __init__(self, message: str, details: Sequence[str] = ()) -> None:
+        super().__init__("\n".join([message, *(f"  - {line}" for line in details)]))
+        self.message = message
+        self.details = list(details)
+
+
+class Failure(Fault):
+    """Work that began and could not be finished as promised (an exported file that does not load back equal, say)."""
+
+    status = FAILED

@@ -1,0 +1,80 @@
+"""Model families, known by the checkpoint's own pipeline class.
+
+Adding one: write its file, add its line to `FAMILIES` (see CONTRIBUTING.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from diffusers import DiffusionPipeline
+
+from finetune.errors import Fault
+from finetune.families.base import Conditions, Family, denoiser, freeze, modules, text_encoders
+from finetune.families.sd import StableDiffusion
+from finetune.families.sdxl import StableDiffusionXL
+from finetune.families.source import Source
+
+__all__ = [
+    "FAMILIES",
+    "Conditions",
+    "Family",
+    "Source",
+    "denoiser",
+    "freeze",
+    "load",
+    "modules",
+    "release",
+    "restore",
+    "text_encoders",
+    "wrap",
+]
+
+FAMILIES: dict[str, Callable[[DiffusionPipeline], Family]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+}
+
+
+def wrap(pipeline: DiffusionPipeline) -> Family:
+    """The family of a pipeline that is in memory already."""
+    return _family(type(pipeline).__name__)(pipeline)
+
+
+def load(source: Source, dtype: torch.dtype = torch.float32) -> Family:
+    """The base model, frozen, every weight finite, in the given precision.
+
+    Raises Fault when it cannot be found or read, is of an unknown family, or holds NaN or infinite weights.
+    """
+    _family(source.pipeline_class())
+    family = wrap(source.load(dtype))
+    freeze(family)
+    return family
+
+
+def release(family: Family, *names: str) -> None:
+    """Drop parts of the pipeline from memory; `restore` brings them back from the source."""
+    family.pipeline.register_modules(**{name: None for name in names})
+
+
+def restore(family: Family, source: Source, dtype: torch.dtype = torch.float32) -> None:
+    """Load again, frozen, the parts that were released; what is held (and may have been trained) stays as it is."""
+    parts = family.pipeline.components
+    missing = [name for name, part in parts.items() if part is None]
+    if set(missing) <= set(family.pipeline._optional_components):
+        return
+    fresh = source.load(dtype, {name: part for name, part in parts.items() if part is not None})
+    family.pipeline.register_modules(**{name: fresh.components[name] for name in missing})
+    for name in missing:
+        if isinstance(fresh.components[name], torch.nn.Module):
+            fresh.components[name].requires_grad_(False).eval()
+
+
+def _family(pipeline_class: str) -> Callable[[DiffusionPipeline], Family]:
+    try:
+        return FAMILIES[pipeline_class]
+    except KeyError:
+        raise Fault(
+            f"the model is a {pipeline_class}, which this version cannot train. Known are: {', '.join(FAMILIES)}."
+        ) from None

@@ -1,0 +1,93 @@
+"""The questions that every model family answers. One small file a family; nothing outside it knows the answers.
+
+A family wraps a diffusers pipeline: loading, prompt encoding, sampling and saving stay diffusers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from finetune.objective import Diffusion, Objective
+
+Conditions: TypeAlias = dict[str, Tensor]
+"""What the denoiser is told about the pictures besides their noise: tensors by name, each (B, ...)."""
+
+
+class Family(Protocol):
+    """A pipeline and how it is trained. Pictures are (B, 3, H, W) in [-1, 1]; latents (B, C, H/f, W/f)."""
+
+    title: str
+    """The name that people know, e.g. "Stable Diffusion 1.x / 2.x"."""
+    pipeline: DiffusionPipeline
+    denoiser_name: str
+    """The pipeline's name of the module that predicts: "unet", "transformer"."""
+    text_encoder_names: tuple[str, ...]
+    """The pipeline's names of the text encoders, in its order."""
+    adapter_targets: tuple[str, ...]
+    """Ends of the denoiser's module names that an adapter is put on by default."""
+    text_adapter_targets: tuple[str, ...]
+    """The same for the text encoders."""
+
+    def objective(self) -> Objective:
+        """What the checkpoint was trained to predict, read from its scheduler."""
+        ...
+
+    def resolution(self) -> int:
+        """Side in pixels that the checkpoint was made for."""
+        ...
+
+    def encode_pictures(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 3, H, W) -> mean and std of their latents, in the scale that the denoiser works in."""
+        ...
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
+        """Prompts -> conditions. Gradients flow into the text encoders where they are being trained."""
+        ...
+
+    def predict(self, noised: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
+        """The denoiser's prediction. sizes: (B, 6), see `finetune.data.Geometry`; ignored by most families."""
+        ...
+
+
+def denoiser(family: Family) -> nn.Module:
+    return getattr(family.pipeline, family.denoiser_name)
+
+
+def text_encoders(family: Family) -> dict[str, nn.Module]:
+    """The text encoders that the pipeline holds at the moment, by name."""
+    held = {name: getattr(family.pipeline, name) for name in family.text_encoder_names}
+    return {name: module for name, module in held.items() if module is not None}
+
+
+def modules(family: Family) -> dict[str, nn.Module]:
+    """Every weight-bearing part that the pipeline holds at the moment, by name."""
+    return {name: part for name, part in family.pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+def freeze(family: Family) -> None:
+    """No parameter is trained until something says so; modules behave as in inference."""
+    for module in modules(family).values():
+        module.requires_grad_(False).eval()
+
+
+def diffusion(pipeline: DiffusionPipeline) -> Diffusion:
+    """The objective of a discrete-time diffusion model, from its scheduler's configuration."""
+    scheduler = pipeline.scheduler
+    return Diffusion(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
+
+
+def encode_with_vae(vae: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std of an AutoencoderKL's latents, shifted and scaled as its configuration says.
+
+    Each (B, C, H/f, W/f), float32. (Rombach et al. 2021, 2112.10752, appendix G: the scale makes latents unit-variance.)
+    """
+    with torch.no_grad():
+        posterior = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist
+    scale = vae.config.scaling_factor
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale

@@ -1,0 +1,46 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder; a UNet that predicts the noise or the velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from finetune.families import base
+from finetune.families.base import Conditions
+from finetune.objective import Objective
+
+
+@dataclass
+class StableDiffusion:
+    """Rombach et al. 2021, 2112.10752."""
+
+    pipeline: StableDiffusionPipeline
+
+    title = "Stable Diffusion"
+    denoiser_name = "unet"
+    text_encoder_names = ("text_encoder",)
+    adapter_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    text_adapter_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+    def objective(self) -> Objective:
+        return base.diffusion(self.pipeline)
+
+    def resolution(self) -> int:
+        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+
+    def encode_pictures(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        return base.encode_with_vae(self.pipeline.vae, pictures)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
+        """text: (B, 77, D), the last hidden state after the final layer norm."""
+        device = self.pipeline.text_encoder.device
+        text, _ = self.pipeline.encode_prompt(list(prompts), device, 1, do_classifier_free_guidance=False)
+        return {"text": text}
+
+    def predict(self, noised: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
+        unet = self.pipeline.unet
+        text = conditions["text"].to(unet.dtype)
+        return unet(noised.to(unet.dtype), timesteps, encoder_hidden_states=text).sample

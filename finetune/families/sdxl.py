@@ -1,0 +1,50 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size and crop as conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from finetune.families import base
+from finetune.families.base import Conditions
+from finetune.objective import Objective
+
+
+@dataclass
+class StableDiffusionXL:
+    """Podell et al. 2023, 2307.01952."""
+
+    pipeline: StableDiffusionXLPipeline
+
+    title = "Stable Diffusion XL"
+    denoiser_name = "unet"
+    text_encoder_names = ("text_encoder", "text_encoder_2")
+    adapter_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    text_adapter_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+    def objective(self) -> Objective:
+        return base.diffusion(self.pipeline)
+
+    def resolution(self) -> int:
+        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+
+    def encode_pictures(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        return base.encode_with_vae(self.pipeline.vae, pictures)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
+        """text: (B, 77, D1 + D2), both encoders' last but one hidden states; pooled: (B, D2), of the second."""
+        device = self.pipeline.text_encoder_2.device
+        text, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return {"text": text, "pooled": pooled}
+
+    def predict(self, noised: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
+        """sizes are SDXL's own `time_ids`: (original h, w, crop top, left, target h, w)."""
+        unet = self.pipeline.unet
+        text, pooled = conditions["text"].to(unet.dtype), conditions["pooled"].to(unet.dtype)
+        added = {"text_embeds": pooled, "time_ids": sizes.to(unet.dtype)}
+        return unet(noised.to(unet.dtype), timesteps, encoder_hidden_states=text, added_cond_kwargs=added).sample

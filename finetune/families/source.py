@@ -1,0 +1,191 @@
+"""Where a base model comes from: embedded, hub, diffusers folder or single checkpoint file -> diffusers pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from safetensors import safe_open
+
+from finetune import weights
+from finetune.errors import Fault
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+EMBEDDED = "toybox"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model by name. `model` and `revision` as in `finetune.settings.Model`.
+
+    `model_config` serves single-file checkpoints, which hold neither configuration nor tokenizer: the folder or hub
+    name of a diffusers model of the same kind.
+    """
+
+    model: str
+    revision: str | None = None
+    model_config: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The diffusers folder on this machine, if it is one."""
+        if self.model == EMBEDDED:
+            from finetune import toybox
+
+            return toybox.path()
+        path = Path(self.model)
+        return path if path.is_dir() else None
+
+    @property
+    def file(self) -> Path | None:
+        """The single-file checkpoint, if it is one. A pickled checkpoint is refused."""
+        path = Path(self.model)
+        if path.suffix in PICKLES:
+            raise Fault(
+                f"{self.model}: a pickled checkpoint can run code when it is loaded, so only .safetensors is read. "
+                "Convert it first, or take the model's .safetensors file."
+            )
+        if path.suffix != ".safetensors":
+            return None
+        if not path.is_file():
+            raise Fault(f"{self.model}: there is no such checkpoint file.")
+        return path
+
+    def pipeline_class(self) -> str:
+        """The name of the checkpoint's own pipeline class. Reads configuration or header only, no weights."""
+        if self.folder is not None:
+            return _class_in_folder(self.folder)
+        if self.file is not None:
+            weights.check_file(self.file)
+            _check_layout(self.file)
+            return _class_in_file(self.file) if self.model_config is None else Source(self.model_config).pipeline_class()
+        with _hub_faults(self):
+            config: Mapping[str, Any] = DiffusionPipeline.load_config(self.model, revision=self.revision)
+        return str(config["_class_name"])
+
+    def load(self, dtype: torch.dtype, components: Mapping[str, Any] | None = None) -> DiffusionPipeline:
+        """The pipeline, in evaluation mode; `components` are taken as they are instead of being loaded again.
+
+        Only safetensors are read, each checked first; remote code is never run; weights must be finite.
+        """
+        components = dict(components or {})
+        pipeline = self._load(dtype, components)
+        pipeline.set_progress_bar_config(disable=True)
+        loaded = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        weights.check_finite({name: part for name, part in loaded.items() if name not in components})
+        return pipeline
+
+    def identity(self) -> str:
+        """A name for exactly these weights: from the files' headers, sizes and times on disk, or the hub's commit."""
+        if self.folder is not None:
+            return _hash(sorted(self.folder.rglob("*.safetensors")), self.folder)
+        if self.file is not None:
+            return _hash([self.file], self.file.parent)
+        from huggingface_hub import model_info
+
+        with _hub_faults(self):
+            return f"{self.model}@{model_info(self.model, revision=self.revision).sha}"
+
+    def _load(self, dtype: torch.dtype, components: dict[str, Any]) -> DiffusionPipeline:
+        if self.folder is not None:
+            _check_folder(self.folder)
+            return DiffusionPipeline.from_pretrained(
+                self.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **components
+            )
+        if self.file is not None:
+            pipeline_class = getattr(diffusers, self.pipeline_class())
+            with _hub_faults(self):
+                return pipeline_class.from_single_file(
+                    str(self.file), config=self.model_config, torch_dtype=dtype, **components
+                )
+        with _hub_faults(self):
+            return DiffusionPipeline.from_pretrained(
+                self.model, revision=self.revision, torch_dtype=dtype, use_safetensors=True, **components
+            )
+
+
+def _class_in_folder(folder: Path) -> str:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise Fault(
+            f"{folder}: not a diffusers model: it has no model_index.json. "
+            "Give a diffusers folder, a .safetensors checkpoint, a hub name or `toybox`."
+        )
+    try:
+        return str(json.loads(index.read_text())["_class_name"])
+    except (ValueError, KeyError) as error:
+        raise Fault(f"{index}: cannot be read as a pipeline's index ({error}).") from error
+
+
+def _check_layout(file: Path) -> None:
+    with safe_open(file, framework="pt") as handle:
+        if not any(name.startswith("model.diffusion_model.") for name in handle.keys()):
+            raise Fault(
+                f"{file}: not a checkpoint in the original layout: no key begins with `model.diffusion_model.`. "
+                "An adapter file goes with --adapter; a diffusers model is given by its folder."
+            )
+
+
+def _class_in_file(file: Path) -> str:
+    """The pipeline class of the model that diffusers infers from names and shapes in an original-layout checkpoint."""
+    with safe_open(file, framework="pt") as handle:
+        shapes = {name: torch.empty(handle.get_slice(name).get_shape(), device="meta") for name in handle.keys()}
+    kind = infer_diffusers_model_type(shapes)
+    classes = {"v1": "StableDiffusionPipeline", "v2": "StableDiffusionPipeline", "xl_base": "StableDiffusionXLPipeline"}
+    return classes.get(kind, f"checkpoint of kind {kind!r}")
+
+
+def _check_folder(folder: Path) -> None:
+    """Every weight file whole (row 40), and none of the parts there only as a pickle (row 38)."""
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        pickles = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.suffix in PICKLES]
+        raise Fault(
+            f"{folder}: holds no .safetensors weights"
+            + (", only pickles, which can run code when they are loaded. Save it with safetensors first." if pickles else "."),
+            pickles,
+        )
+    for file in files:
+        weights.check_file(file)
+
+
+def _hash(files: list[Path], root: Path) -> str:
+    """Content of the files, by name. Hashing reads each once: a second for each two gigabytes."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(root).as_posix().encode())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+class _hub_faults:
+    """Inside, what the hub answers becomes a Fault that says what to do."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, (OSError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, ConnectionError)):
+            what = f"{self.source.model}" + (f" at revision {self.source.revision}" if self.source.revision else "")
+            raise Fault(
+                f"{what}: neither a folder nor a .safetensors file here, and the hub gave no such model "
+                f"({_first_line(error)}). Check the name, the revision, the network, and, for a gated model, "
+                "that you are logged in (`hf auth login`)."
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
