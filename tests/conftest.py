@@ -1,0 +1,27 @@
+"""Shared by all tests: no network, one thread, tiny models."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Diffusers folders of the tiny pipelines, by kind. Read only."""
+    root = tmp_path_factory.mktemp("tiny")
+    return {kind: tiny.save(kind, root / kind) for kind in tiny.KINDS}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that a test makes reaches the user's cache, and nothing there reaches a test."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "finetune-cache"))
