@@ -79,8 +79,6 @@ class Adapter:
     """The adapter is scaled by alpha / rank. Default: the rank, that is a scale of 1."""
     dropout: float = 0.0
     """Share of the adapter's inputs that are dropped while training."""
-    text_encoder_lr: float | None = None
-    """Give the text encoders an adapter too, with this learning rate. Default: they stay frozen."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,8 @@ class Optim:
 
     lr: float = 1e-4
     """Learning rate of the denoiser (the UNet)."""
+    text_encoder_lr: float | None = None
+    """Train the text encoders too, at this rate. Default: they stay frozen."""
     optimizer: Optimizer = "auto"
     """`adamw8bit` (bitsandbytes; state of two bytes a parameter) or `adamw`. `auto`: 8-bit on a GPU, else AdamW."""
     schedule: Schedule = "constant"
