@@ -1,0 +1,152 @@
+"""A run as the user sees it: its folder, its engine, the summary, the progress bar and the logs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from finetune import config as configuration
+from finetune import data, families, optim
+from finetune.adapters import Group
+from finetune.data import Example
+from finetune.errors import Fault
+from finetune.families import Family
+from finetune.loop import Report
+from finetune.settings import Optim, Output, Train
+
+Item = TypeVar("Item")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Run:
+    """Made first, so that a wrong folder or precision is said before a model is loaded. Writes nothing until `begin`."""
+
+    def __init__(self, config: Any, output: Output, train: Train, optim: Optim) -> None:
+        """`config` is the recipe's whole configuration, kept with the run. Raises Fault when it cannot run as asked."""
+        self.config, self.train, self.optim = config, train, optim
+        self.folder, self.tracker = output.output, output.tracker
+        _require_new(self.folder)
+        _require_tracker(self.tracker)
+        _require_sense(train)
+        self.accelerator = Accelerator(
+            mixed_precision="no" if train.precision == "fp32" else train.precision,
+            log_with=None if self.tracker == "none" else self.tracker,
+            project_dir=self.folder,
+        )
+        self.console = Console(quiet=not self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights that do not train."""
+        return DTYPES[self.train.precision]
+
+    def begin(self, family: Family, groups: Sequence[Group], subjects: Sequence[Example], companions: Sequence[Example]) -> None:
+        """Make the folder, keep the settings in it, and say what is going to happen."""
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "settings.toml").write_text(configuration.dumps(self.config), encoding="utf-8")
+        if self.tracker != "none":
+            self.accelerator.init_trackers("finetune")
+        self.console.print(self._summary(family, groups, subjects, companions))
+
+    def track(self, items: Sequence[Item], what: str) -> Iterator[Item]:
+        """Go through `items` and show how far it is."""
+        with self._progress() as progress:
+            yield from progress.track(items, total=len(items), description=what)
+
+    def steps(self, reports: Iterable[Report]) -> Iterator[int]:
+        """Go through the training steps: the bar, `log.jsonl` and the tracker. Yields the number of steps done."""
+        with self._progress("{task.fields[state]}") as progress, (self.folder / "log.jsonl").open("a") as log:
+            task = progress.add_task("train", total=self.train.steps, state="")
+            for report in reports:
+                state = f"loss {report.loss:.4f}  lr {report.lr:.2e}  {report.seconds:.2f} s/step"
+                progress.update(task, completed=report.step, state=state)
+                self._log(log, report)
+                yield report.step
+        self.accelerator.end_training()
+
+    def finish(self, result: Path, usage: str) -> None:
+        """Say what was written and how it is used."""
+        table = Table.grid(padding=(0, 2))
+        for file in sorted(path for path in self.folder.rglob("*") if path.is_file() and "logs" not in path.parts):
+            table.add_row(f"{file.relative_to(self.folder)}", _bytes(file.stat().st_size))
+        self.console.print(f"\n[bold]{self.folder}[/bold]", table, f"\nUse {result.name}:\n  {usage}", soft_wrap=True)
+
+    def _log(self, log: Any, report: Report) -> None:
+        if self.accelerator.is_main_process:
+            log.write(json.dumps({**vars(report), "time": time.time()}) + "\n")
+            log.flush()
+        self.accelerator.log({"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr}, step=report.step)
+
+    def _progress(self, *extra: str) -> Progress:
+        columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()]
+        return Progress(*columns, TimeRemainingColumn(), *map(TextColumn, extra), console=self.console)
+
+    def _summary(
+        self, family: Family, groups: Sequence[Group], subjects: Sequence[Example], companions: Sequence[Example]
+    ) -> Table:
+        train, table = self.train, Table.grid(padding=(0, 2))
+        batch = train.batch_size * train.accumulation * self.accelerator.num_processes
+        rows = {
+            "model": f"{family.title}, predicts {family.objective().prediction}",
+            "trains": ", ".join(f"{group.part} {_count(group.size)} at {group.lr:g}" for group in groups),
+            "frozen": ", ".join(
+                f"{name} {_count(sum(p.numel() for p in part.parameters() if not p.requires_grad))}"
+                for name, part in families.modules(family).items()
+                if not all(p.requires_grad for p in part.parameters())
+            ),
+            "pictures": "\n".join(data.describe(subjects)),
+            "class pictures": f"{len(companions)}, weight {companions[0].weight:g}" if companions else "none",
+            "steps": f"{train.steps} of {batch} pictures: {train.steps * batch / len(subjects):.1f} epochs",
+            "with": f"{optim.resolve(self.optim.optimizer, self.device)}, {train.precision}, {self.device}, "
+            f"{self.accelerator.num_processes} process(es), seed {train.seed}",
+            "output": str(self.folder),
+        }
+        for name, value in rows.items():
+            table.add_row(f"[bold]{name}[/bold]", value)
+        return table
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens now."""
+    return every > 0 and step % every == 0
+
+
+def _require_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Fault(f"{folder}: there is something there already. A run never writes over another: name a new --output.")
+
+
+def _require_tracker(tracker: str) -> None:
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise Fault(f"--tracker {tracker}: it is not installed. `pip install {tracker}`, or --tracker none.")
+
+
+def _require_sense(train: Train) -> None:
+    for name in ("steps", "batch_size", "accumulation"):
+        if getattr(train, name) < 1:
+            raise Fault(f"--{name.replace('_', '-')} {getattr(train, name)}: at least 1.")
+    if train.precision == "fp16" and not torch.cuda.is_available():
+        raise Fault("--precision fp16 needs a GPU: take bf16 or fp32 on a CPU.")
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e6:.2f} M" if parameters >= 1e5 else f"{parameters:,}"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

@@ -1,0 +1,62 @@
+"""DreamBooth: the whole UNet learns a subject, beside class pictures that keep what the base knows.
+
+The page reads downward: load, freeze, adapt, data, fit, export. `finetune copy dreambooth my_recipe.py` hands it to
+you; change it, and run it with `finetune train ./my_recipe.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import finetune as ft
+from finetune.settings import Data, Model, Optim, Output, Prior, Samples, Train
+
+
+@dataclass(frozen=True)
+class Config:
+    """DreamBooth: the whole UNet learns a subject, beside class pictures that keep what the base knows."""
+
+    data: Data
+    output: Output
+    model: Model = field(default_factory=Model)
+    prior: Prior = field(default_factory=Prior)
+    optim: Optim = field(default_factory=lambda: Optim(lr=5e-6))
+    train: Train = field(default_factory=lambda: Train(steps=800))
+    samples: Samples = field(default_factory=Samples)
+
+
+def main(config: Config) -> None:
+    # What can be refused is refused before a model is loaded.
+    run = ft.Run(config, config.output, config.train, config.optim)
+    subjects = ft.data.read(config.data)
+    ft.priors.check(config.prior)
+
+    # The base, frozen. It draws the class pictures before it learns anything.
+    source = ft.Source(**vars(config.model))
+    family = ft.load(source, run.dtype, run.device)
+    resolution = config.data.resolution or family.resolution()
+    companions = ft.priors.examples(family, source, config.prior, config.train.seed, resolution, run.track)
+
+    # What trains: every weight of the denoiser, and of the text encoders where a rate is given for them.
+    groups = ft.adapters.full(family, config.optim.lr, config.optim.text_encoder_lr)
+    run.begin(family, groups, subjects, companions)
+
+    # Latents and conditions, computed once; the VAE then leaves the memory, and so do the text encoders unless they train.
+    encodings = ft.encode(family, subjects, companions, resolution, config.data.background, run.track)
+
+    def save(name: str) -> str:
+        ft.families.restore(family, source, run.dtype)
+        ft.export.merged(family, run.folder / name, dtype=run.dtype)
+        return str(run.folder / name)
+
+    prompts = config.samples.sample_prompts or (subjects[0].caption,)
+    for step in run.steps(ft.fit(family, groups, encodings, config.train, config.optim, run.accelerator)):
+        if ft.due(step, config.train.save_every) and step < config.train.steps:
+            save(f"model-{step:06d}")
+            ft.release_frozen(family)
+        if ft.due(step, config.samples.sample_every):
+            ft.preview(run, family, source, config.samples, prompts, resolution, step)
+
+    # Written, loaded back and compared with the live model before it counts as done.
+    model = save("model")
+    run.finish(f'finetune generate --model {model} --prompt "{prompts[0]}" --output pictures')

@@ -1,0 +1,58 @@
+"""LoRA: a subject or a style as a small adapter; the base stays as it is.
+
+The page reads downward: load, freeze, adapt, data, fit, export. `finetune copy lora my_recipe.py` hands it to you;
+change it, and run it with `finetune train ./my_recipe.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import finetune as ft
+from finetune.settings import Adapter, Data, Model, Optim, Output, Prior, Samples, Train
+
+
+@dataclass(frozen=True)
+class Config:
+    """LoRA: a subject or a style as a small adapter; the base stays as it is."""
+
+    data: Data
+    output: Output
+    model: Model = field(default_factory=Model)
+    prior: Prior = field(default_factory=Prior)
+    adapter: Adapter = field(default_factory=Adapter)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    samples: Samples = field(default_factory=Samples)
+
+
+def main(config: Config) -> None:
+    # What can be refused is refused before a model is loaded.
+    run = ft.Run(config, config.output, config.train, config.optim)
+    subjects = ft.data.read(config.data)
+    ft.priors.check(config.prior)
+
+    # The base, frozen. It draws the class pictures before anything is added to it.
+    source = ft.Source(**vars(config.model))
+    family = ft.load(source, run.dtype, run.device)
+    resolution = config.data.resolution or family.resolution()
+    companions = ft.priors.examples(family, source, config.prior, config.train.seed, resolution, run.track)
+
+    # What trains: two thin matrices beside each attention projection.
+    groups = ft.adapters.lora(family, config.adapter, config.optim.lr, config.optim.text_encoder_lr, config.train.seed)
+    run.begin(family, groups, subjects, companions)
+
+    # Latents and conditions, computed once; the VAE then leaves the memory, and so do the text encoders unless they train.
+    encodings = ft.encode(family, subjects, companions, resolution, config.data.background, run.track)
+
+    prompts = config.samples.sample_prompts or (subjects[0].caption,)
+    for step in run.steps(ft.fit(family, groups, encodings, config.train, config.optim, run.accelerator)):
+        if ft.due(step, config.train.save_every) and step < config.train.steps:
+            ft.export.adapter(family, run.folder / f"adapter-{step:06d}.safetensors", settings=run.settings)
+        if ft.due(step, config.samples.sample_every):
+            ft.preview(run, family, source, config.samples, prompts, resolution, step)
+
+    # Written, loaded back and compared with the live model before it counts as done.
+    file = run.folder / "adapter.safetensors"
+    ft.export.adapter(family, file, settings=run.settings)
+    run.finish(f'finetune generate --model {source.model} --adapter {file} --prompt "{prompts[0]}" --output pictures')
