@@ -1,0 +1,66 @@
+"""What a written file may say of how it was made: an allow-list. Nothing local (paths, user, host) is on it.
+
+Files are passed on and published; whoever reads one learns the settings, never where or by whom they were used.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+DISTRIBUTION = "finetune-kit"
+LOCAL = "local"
+"""What is said instead of the name of a model that lies in a folder or file of the user's machine."""
+
+TRAINING = (
+    *("recipe", "model", "revision", "prompt", "class_prompt", "resolution", "flip", "strict"),
+    *("prior", "class_images", "prior_weight", "class_steps", "class_guidance"),
+    *("rank", "alpha", "dropout", "lr", "text_encoder_lr", "optimizer", "schedule", "warmup", "weight_decay"),
+    *("max_grad_norm", "steps", "batch_size", "accumulation", "precision", "seed", "min_snr_gamma"),
+    "gradient_checkpointing",
+)
+"""Settings of a run, by their names in `finetune.settings`."""
+PICTURE = ("prompt", "negative", "seed", "steps", "guidance", "width", "height", "scheduler", "model", "revision")
+"""Settings of a picture."""
+
+
+def public(settings: Mapping[str, Any], allowed: tuple[str, ...] = TRAINING) -> dict[str, Any]:
+    """The settings that may be told, sorted by name. Groups (tables) are opened; everything else is left out.
+
+    A model keeps its name when that is `toybox` or a hub name, and is `local` when it is a folder or file.
+    """
+    told = {name: value for name, value in _leaves(settings) if name in allowed and value is not None}
+    if "model" in told:
+        told["model"] = public_model(str(told["model"]))
+    return {name: told[name] for name in sorted(told) if isinstance(told[name], str | int | float | bool)}
+
+
+def public_model(name: str) -> str:
+    """A hub name or `toybox` as it is; `local` for anything on this machine."""
+    hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z0-9][\w-]*", name)
+    return name if hub and not Path(name).exists() else LOCAL
+
+
+def dumps(value: Mapping[str, Any]) -> str:
+    """JSON that is the same for the same settings."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def software() -> str:
+    """The name and version of this toolkit."""
+    try:
+        return f"finetune {version(DISTRIBUTION)}"
+    except PackageNotFoundError:
+        return "finetune"
+
+
+def _leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        else:
+            yield str(name), value

@@ -1,0 +1,94 @@
+"""Pictures drawn by a family's pipeline: the same that plain diffusers draws with the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from PIL.Image import Image
+from torch import nn
+
+from finetune import families
+from finetune.errors import Fault
+from finetune.families import Family
+from finetune.pictures import grid, save_png
+
+__all__ = ["grid", "sample", "save_png"]
+
+
+def sample(
+    family: Family,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    negative: str = "",
+    steps: int,
+    guidance: float,
+    size: int | None = None,
+    batch: int = 4,
+) -> list[Image]:
+    """One picture for each (prompt, seed) pair, drawn `batch` at a time.
+
+    Each picture's noise comes from a generator of its own, `torch.Generator("cpu").manual_seed(seed)`: it is the
+    picture of plain diffusers with that seed, whatever it is drawn together with (to rounding). Adapters act as they
+    are set; the modules' modes are put back. Raises Fault when the size does not fit the model.
+    """
+    _require_whole(family)
+    size = _fitting(family, size or family.resolution())
+    pairs = list(zip(prompts, seeds, strict=True))
+    pictures: list[Image] = []
+    with torch.no_grad(), _inference(family), _precision(family):
+        for start in range(0, len(pairs), batch):
+            part = pairs[start : start + batch]
+            pictures += family.pipeline(
+                prompt=[prompt for prompt, _ in part],
+                # SDXL takes no negative prompt and an empty one differently; no words mean none, as without the option.
+                negative_prompt=[negative] * len(part) if negative else None,
+                generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in part],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                height=size,
+                width=size,
+            ).images
+    return pictures
+
+
+@contextmanager
+def _inference(family: Family) -> Iterator[None]:
+    """Every module in evaluation mode; afterwards each in the mode it was in."""
+    modes = [(part, part.training) for module in families.modules(family).values() for part in module.modules()]
+    try:
+        for module in families.modules(family).values():
+            module.eval()
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _precision(family: Family) -> AbstractContextManager[object]:
+    """Autocast when the parts differ (a trained UNet in float32 beside frozen parts in bf16), as in training."""
+    dtypes = {_dtype(module) for module in families.modules(family).values()}
+    if len(dtypes) == 1:
+        return nullcontext()
+    return torch.autocast(families.denoiser(family).device.type, dtype=min(dtypes, key=lambda dtype: dtype.itemsize))
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in module.parameters())
+
+
+def _fitting(family: Family, size: int) -> int:
+    factor = family.pipeline.vae_scale_factor
+    if size < factor or size % factor:
+        nearest = max(round(size / factor), 1) * factor
+        raise Fault(f"size {size}: this model draws sides that are multiples of {factor}; the nearest is {nearest}.")
+    return size
+
+
+def _require_whole(family: Family) -> None:
+    names = ("vae", family.denoiser_name, *family.text_encoder_names)
+    released = [name for name in names if getattr(family.pipeline, name) is None]
+    if released:
+        raise ValueError(f"{', '.join(released)} was released: call families.restore before drawing")
