@@ -42,13 +42,13 @@ def wrap(pipeline: DiffusionPipeline) -> Family:
     return _family(type(pipeline).__name__)(pipeline)
 
 
-def load(source: Source, dtype: torch.dtype = torch.float32) -> Family:
-    """The base model, frozen, every weight finite, in the given precision.
+def load(source: Source, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Family:
+    """The base model on the device, frozen, every weight finite, in the given precision (the VAE in float32).
 
     Raises Fault when it cannot be found or read, is of an unknown family, or holds NaN or infinite weights.
     """
     _family(source.pipeline_class())
-    family = wrap(source.load(dtype))
+    family = wrap(source.load(dtype).to(device))
     freeze(family)
     return family
 

@@ -75,6 +75,7 @@ class Source:
     def load(self, dtype: torch.dtype, components: Mapping[str, Any] | None = None) -> DiffusionPipeline:
         """The pipeline, in evaluation mode; `components` are taken as they are instead of being loaded again.
 
+        The VAE stays float32 whatever `dtype` says: it encodes each picture once, and half-precision VAEs overflow.
         Only safetensors are read, each checked first; remote code is never run; weights must be finite.
         """
         components = dict(components or {})
@@ -96,20 +97,23 @@ class Source:
             return f"{self.model}@{model_info(self.model, revision=self.revision).sha}"
 
     def _load(self, dtype: torch.dtype, components: dict[str, Any]) -> DiffusionPipeline:
+        dtypes = {"default": dtype, "vae": torch.float32}
         if self.folder is not None:
             _check_folder(self.folder)
             return DiffusionPipeline.from_pretrained(
-                self.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **components
+                self.folder, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **components
             )
         if self.file is not None:
             pipeline_class = getattr(diffusers, self.pipeline_class())
             with _hub_faults(self):
-                return pipeline_class.from_single_file(
-                    str(self.file), config=self.model_config, torch_dtype=dtype, **components
-                )
+                pipeline = pipeline_class.from_single_file(str(self.file), config=self.model_config, **components)
+            for name, part in pipeline.components.items():
+                if isinstance(part, torch.nn.Module) and name not in components:
+                    part.to(dtypes.get(name, dtype))
+            return pipeline
         with _hub_faults(self):
             return DiffusionPipeline.from_pretrained(
-                self.model, revision=self.revision, torch_dtype=dtype, use_safetensors=True, **components
+                self.model, revision=self.revision, torch_dtype=dtypes, use_safetensors=True, **components
             )
 
 
