@@ -1,0 +1,275 @@
+"""One picture file -> an upright, opaque sRGB image, or the reason why not.
+
+Every file is decoded whole: `PIL.Image.verify` passes a truncated JPEG. Nothing is written, moved or repaired.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageColor, ImageFile, ImageOps, UnidentifiedImageError, features
+
+from finetune.errors import Fault
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".gif",
+            ".jp2", ".avif", ".heic", ".heif", ".hif", ".jxl")  # fmt: skip
+"""Endings of files that are taken for pictures, in lower case."""
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "HEIF", "JXL")
+"""Pillow's names of what is read. Its other formats stay closed: EPS, for one, would run Ghostscript."""
+MAX_PIXELS = 89_478_485
+"""Larger pictures are refused: 268 MB decoded, the size from which Pillow warns. It would raise at the double only."""
+
+ORIENTATION = 0x0112
+NEEDS = {
+    "HEIC": ("HEIF", "pillow-heif"),
+    "JPEG XL": ("JXL", "pillow-jxl-plugin"),
+    "AVIF": ("AVIF", "pillow >= 11.3, or pillow-avif-plugin"),
+}
+"""Formats whose decoder may be missing: Pillow's name, and what to install."""
+
+
+class BadPicture(Fault):
+    """A file that cannot be trained on, and why. Raised while reading; the file is left as it is."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{printable(path)}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class _Unfit(Exception):
+    """The reason, found somewhere that does not know the path."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found while decoding a picture."""
+
+    height: int
+    """Pixels, upright"""
+    width: int
+    turned: bool
+    """The EXIF orientation was applied."""
+    transparent: bool
+    """Some pixels were (partly) transparent; they lie on the background colour now."""
+    notes: tuple[str, ...] = ()
+    """What is odd about the file and did not prevent its use."""
+
+
+def decode(path: Path, background: str = "white") -> tuple[Image.Image, Facts]:
+    """The picture in RGB, 8 bits, sRGB; upright; on the background where it was transparent; without metadata.
+
+    Raises BadPicture with the reason when the file is not a whole picture that can be turned into that, and Fault
+    when `background` is no colour.
+    """
+    behind = colour(background)
+    try:
+        _check_file(path)
+        with _pillow() as notes, Image.open(path, formats=_formats()) as opened:
+            _check_kind(opened)
+            opened.load()
+            profile = opened.info.get("icc_profile")
+            upright, turned = _upright(opened, notes)
+            colours, alpha = _colours_and_alpha(upright)
+            picture = _to_srgb(colours, profile, notes)
+    except Exception as error:  # decoders of foreign bytes raise anything: whatever it is, it is this file's fault
+        raise BadPicture(path, _reason(path, error)) from error
+    opaque = np.asarray(alpha if alpha is not None else 255)
+    transparent = bool(opaque.min() < 255)
+    if transparent and alpha is not None:
+        if not opaque.any():
+            notes.append(f"entirely transparent: nothing but the background ({background}) is left")
+        picture = Image.composite(picture, Image.new("RGB", picture.size, behind), alpha)
+    picture.info = {}  # no camera, place or profile goes further
+    return picture, Facts(picture.height, picture.width, turned, transparent, tuple(dict.fromkeys(notes)))
+
+
+def colour(name: str) -> tuple[int, int, int]:
+    """A colour's name or #rrggbb -> red, green, blue. Raises Fault for anything else."""
+    with suppress(ValueError):
+        parts = ImageColor.getrgb(name)
+        if len(parts) == 3:  # not 4, which would be see-through itself
+            return parts
+    near = get_close_matches(name.lower(), ImageColor.colormap, n=1)
+    hint = f" Nearest name: {near[0]}." if near else ""
+    raise Fault(f"background {name!r} is not a colour. Give a name such as white, or #rrggbb.{hint}")
+
+
+def printable(name: Path | str) -> str:
+    """A file name that any terminal can show: bytes that are not UTF-8 and control characters are escaped."""
+    text = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of FORMATS that this installation can open."""
+    if find_spec("pillow_heif"):
+        import_module("pillow_heif").register_heif_opener()
+    if find_spec("pillow_jxl"):
+        import_module("pillow_jxl")  # registers itself
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN and not (name == "AVIF" and not features.check("avif"))]
+
+
+@contextmanager
+def _pillow() -> Iterator[list[str]]:
+    """Pillow as it is needed here: truncated files raise whatever others set; its warnings become notes."""
+    notes: list[str] = []
+    truncated_allowed = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # it would fill what is missing with grey
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            yield notes
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = truncated_allowed
+    notes.extend(" ".join(str(one.message).split()) for one in said if one.category is UserWarning)
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what is not a regular file: to open a pipe would wait for ever."""
+    if not path.exists():
+        raise _Unfit("a link to a file that is not there" if path.is_symlink() else "there is no such file")
+    if not path.is_file():
+        raise _Unfit("not a regular file")
+
+
+def _check_kind(opened: Image.Image) -> None:
+    """Refuse by the header, before memory is spent on pixels."""
+    width, height = opened.size
+    if width * height > MAX_PIXELS:
+        raise _Unfit(f"{width} x {height} pixels; at most {MAX_PIXELS / 1e6:.0f} megapixels are read: scale it down")
+    # An MPO is a camera's JPEG with a second view or gain map behind the picture itself, which comes first.
+    frames = getattr(opened, "n_frames", 1)
+    if frames > 1 and opened.format not in ("MPO", "HEIF"):
+        what = "pages" if opened.format == "TIFF" else "frames (it is animated)"
+        raise _Unfit(f"has {frames} {what}; save the one to learn as a PNG or JPEG")
+
+
+def _upright(opened: Image.Image, notes: list[str]) -> tuple[Image.Image, bool]:
+    """The picture turned as its EXIF orientation says, and whether that was needed."""
+    try:
+        turned = opened.getexif().get(ORIENTATION, 1) in range(2, 9)
+        return (ImageOps.exif_transpose(opened), True) if turned else (opened.copy(), False)
+    except Exception as error:  # a broken EXIF block raises as many things as a broken picture
+        notes.append(f"its EXIF data cannot be read ({_first_line(error)}): taken as upright")
+        return opened.copy(), False
+
+
+def _colours_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colours in L, RGB, CMYK or LAB, and how opaque each pixel is (L), None where all are."""
+    if image.mode.startswith("I;16"):
+        return _grey16(image)
+    if image.mode in ("I", "F"):
+        raise _Unfit("32 bits a pixel, whose range is not known; save it with 8 or 16 bits a channel")
+    grey = image.mode in ("1", "L", "LA", "La")
+    if image.has_transparency_data:
+        whole = image.convert("LA" if grey else "RGBA")
+        return whole.convert("L" if grey else "RGB"), whole.getchannel("A")
+    if grey:
+        return image.convert("L"), None
+    return (image if image.mode in ("RGB", "CMYK", "LAB") else image.convert("RGB")), None
+
+
+def _grey16(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """0 .. 65535 to 0 .. 255. Pillow's own conversion clips: 40000 becomes 255."""
+    values = np.asarray(image).astype(np.uint32)
+    see_through = image.info.get("transparency")  # PNG: the one value that is transparent
+    alpha = None if see_through is None else Image.fromarray(np.where(values == see_through, 0, 255).astype(np.uint8))
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)), alpha
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
+    """RGB in sRGB, by the embedded ICC profile. One that cannot be used is noted, and the values taken as sRGB."""
+    srgb = ImageCms.createProfile("sRGB")
+    if image.mode == "LAB":
+        return _transform(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), srgb)
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            space = source.profile.xcolor_space.strip()
+            if space == "RGB" and image.mode == "L":  # grey pictures are often tagged with an RGB profile
+                image = image.convert("RGB")
+            if {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(space) != image.mode:
+                raise ImageCms.PyCMSError(f"it is for {space} colours, the picture is {image.mode}")
+            return _transform(image, source, srgb)
+        except (OSError, ImageCms.PyCMSError) as error:
+            notes.append(f"its colour profile cannot be used ({_first_line(error)}): taken as sRGB")
+    return image.convert("RGB")
+
+
+def _transform(image: Image.Image, source: ImageCms.ImageCmsProfile, srgb: ImageCms.core.CmsProfile) -> Image.Image:
+    made = ImageCms.applyTransform(image, ImageCms.buildTransform(source, srgb, image.mode, "RGB"))
+    assert made is not None  # None is for transforms in place
+    return made
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why the file cannot be used, in the user's words."""
+    if isinstance(error, _Unfit):
+        return str(error)
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too large: {_first_line(error)}; at most {MAX_PIXELS / 1e6:.0f} megapixels are read: scale it down"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read: {os.strerror(error.errno)}"
+    return _what_it_is(path) if isinstance(error, UnidentifiedImageError) else _damaged(error)
+
+
+def _damaged(error: Exception) -> str:
+    return f"cut short or damaged ({_first_line(error)})"
+
+
+def _what_it_is(path: Path) -> str:
+    """The reason for a file that Pillow does not know as a picture, from its first bytes."""
+    with path.open("rb") as handle:
+        head = handle.read(64)
+    if not head:
+        return "the file is empty (0 bytes)"
+    if not head.strip(b"\0"):
+        return "begins with zero bytes only: its content was lost, in copying perhaps"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the picture itself: run `git lfs pull`"
+    kind = _kind(head)
+    if kind in NEEDS and NEEDS[kind][0] not in _formats():
+        return f"a picture in {kind} format, which needs a decoder: install {NEEDS[kind][1]}, or save it as PNG or JPEG"
+    if kind:
+        return f"begins as a {kind} picture, but is damaged, cut short or of a variant that is not supported"
+    try:
+        text = head.decode("utf-8-sig", "ignore" if len(head) == 64 else "strict")
+    except UnicodeDecodeError:
+        text = "\0"
+    if text.strip() and all(letter.isprintable() or letter.isspace() for letter in text):
+        return f"text, not a picture (it begins {' '.join(text.split())[:24]!r})"
+    return "not a picture of a kind that is known here"
+
+
+def _kind(head: bytes) -> str | None:
+    """The format that the first bytes stand for."""
+    magic = {
+        b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF",
+        b"MM\0*": "TIFF", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL", b"\0\0\0\x0cjP  ": "JPEG 2000",
+    }  # fmt: skip
+    if head[4:8] == b"ftyp":
+        return {b"avif": "AVIF", b"avis": "AVIF"}.get(
+            head[8:12], "HEIC" if head[8:11] in (b"hei", b"hev", b"mif", b"msf") else None
+        )
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "WebP"
+    return next((name for start, name in magic.items() if head.startswith(start)), None)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,245 @@
+"""Weight files: safetensors only, looked at before they are loaded, written whole or not at all.
+
+A safetensors file is 8 bytes with the header's length N (little endian), N bytes of JSON that names each tensor's
+type, shape and place, and the tensors' bytes without a gap (https://github.com/huggingface/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import Failure, Fault
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SUFFIX = ".safetensors"
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
+MAX_HEADER = 100_000_000
+"""Bytes, the format's own limit: a forged length must not make the reader allocate gigabytes."""
+BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+        "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+        "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # fmt: skip
+"""Bits an element of each of the format's types"""
+
+
+def check_file(path: Path) -> None:
+    """Refuse a weight file that cannot be trusted, from its header and size alone; nothing is loaded.
+
+    Raises Fault for pickles (which can run code when loaded), and for safetensors files that are cut short, have a
+    forged or broken header, gaps, overlaps, or bytes behind the last tensor.
+    """
+    _header(path)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header, empty when there are none. The file is checked first."""
+    return _header(path)[1]
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU. The file is checked first; NaN and infinite values are refused."""
+    import safetensors.torch
+
+    check_file(path)
+    tensors = safetensors.torch.load_file(path)
+    bad = [text for name, tensor in tensors.items() if (text := _not_finite(name, tensor))]
+    if bad:
+        raise Fault(f"{path}: holds NaN or infinite weights: it comes from a run that failed. Take another file.", bad)
+    return tensors
+
+
+def check_finite(named: Mapping[str, nn.Module]) -> None:
+    """Raises Fault that names the weights of these modules which hold NaN or infinite values."""
+    bad = [
+        text
+        for part, module in named.items()
+        for name, tensor in module.state_dict().items()
+        if (text := _not_finite(f"{part}.{name}", tensor))
+    ]
+    if bad:
+        listed = bad[:10] + ([f"... and {len(bad) - 10} more"] if len(bad) > 10 else [])
+        raise Fault("the model holds NaN or infinite weights: its files are damaged. Take another copy.", listed)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file: beside, synced, then renamed, so that `path` is never a part of a file.
+
+    The same tensors and metadata give the same bytes. Raises Failure when a value is NaN or infinite or when it
+    cannot be written; what was at `path` before is kept then.
+    """
+    bad = [text for name, tensor in tensors.items() if (text := _not_finite(name, tensor))]
+    if bad:
+        raise Failure(f"{path}: not written, because what was trained holds NaN or infinite values.", bad)
+    parts = _serialized(tensors, metadata or {})
+    try:
+        _write_whole(path, parts)
+    except OSError as error:
+        size = sum(map(len, parts))
+        raise Failure(f"{path}: cannot be written ({error.strerror}); {size / 1e6:.1f} MB are needed there.") from error
+
+
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The checked header: the tensors' entries, and the metadata."""
+    _check_kind(path)
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        start = handle.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if len(start) < 8:
+            raise _broken(path, f"it is cut short: {size} bytes, where 8 tell the length of the header")
+        if length > MAX_HEADER:
+            raise _broken(path, f"its header claims {length:,} bytes; at most {MAX_HEADER:,} are allowed")
+        if 8 + length > size:
+            raise _broken(path, f"it is cut short: the header alone needs {8 + length:,} bytes, the file has {size:,}")
+        text = handle.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
+        if not isinstance(header, dict):
+            raise ValueError("not a table")
+        metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ holds more than texts")
+        spans = sorted(_span(name, entry) for name, entry in header.items())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _broken(path, f"its header cannot be understood ({_one_line(error)})") from error
+    _check_spans(path, spans, size - 8 - length)
+    return header, metadata
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse what is no safetensors file by name or first bytes."""
+    if path.suffix.lower() in PICKLES:
+        raise Fault(_pickle(path))
+    if path.is_dir():
+        raise Fault(f"{path}: a folder, where a {SUFFIX} file is expected.")
+    if not path.is_file():
+        raise Fault(f"{path}: there is no such file.")
+    if path.suffix.lower() != SUFFIX:
+        raise Fault(f"{path}: only {SUFFIX} files are read, not {path.suffix or 'files without an ending'}.")
+    try:
+        head = path.open("rb").read(64)
+    except OSError as error:
+        raise Fault(f"{path}: cannot be read ({error.strerror}).") from error
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) and head[8:9] != b"{":
+        raise Fault(_pickle(path) + " (Its name says otherwise; its content is a pickle.)")
+    if head.startswith(b"version https://git-lfs"):
+        raise Fault(f"{path}: a Git LFS pointer, not the weights themselves. Run `git lfs pull` where it comes from.")
+
+
+def _pickle(path: Path) -> str:
+    return (
+        f"{path}: pickled weights can run code when they are loaded, so only {SUFFIX} files are read. Take the model's "
+        f"{SUFFIX} file, or convert this one where you trust it (`safetensors.torch.save_file(torch.load(file, "
+        "weights_only=True), ...)`)."
+    )
+
+
+def _broken(path: Path, what: str) -> Fault:
+    return Fault(f"{path}: not a whole safetensors file: {what}. Nothing of it was loaded; download or copy it again.")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return names
+
+
+def _span(name: str, entry: dict[str, Any]) -> tuple[int, int, str]:
+    """First byte, byte behind the last, and name of a tensor. Raises ValueError when shape, type and place disagree."""
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    if not whole or entry["dtype"] not in BITS:
+        raise ValueError(f"{name}: type {entry['dtype']!r}, shape {shape!r}, bytes {begin!r} to {end!r}")
+    if (end - begin) * 8 != math.prod(shape) * BITS[entry["dtype"]]:
+        raise ValueError(f"{name}: {end - begin} bytes for {entry['dtype']} of shape {shape}")
+    return begin, end, name
+
+
+def _check_spans(path: Path, spans: list[tuple[int, int, str]], size: int) -> None:
+    """The tensors fill the file from the header to the end, one behind the other."""
+    place = 0
+    for begin, end, name in spans:
+        if begin != place:
+            raise _broken(path, f"tensor {name} begins at byte {begin:,}, where the one before ends at {place:,}")
+        place = end
+    if size < place:
+        raise _broken(path, f"it is cut short: {place - size:,} of {place:,} bytes of tensors are missing")
+    if size > place:
+        raise _broken(path, f"{size - place:,} bytes follow the last tensor, where nothing may be")
+
+
+def _not_finite(name: str, tensor: Tensor) -> str | None:
+    """Says how many values are not finite, None when all are."""
+    import torch
+
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    values = tensor.detach()
+    finite = torch.isfinite(values if values.element_size() > 1 else values.float())
+    if finite.all():
+        return None
+    return f"{name}: {int((~finite).sum()):,} of {tensor.numel():,} values are NaN or infinite"
+
+
+def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes]:
+    """The file's parts. The library writes the metadata in an order that changes from run to run: here it is sorted."""
+    import safetensors.torch
+
+    whole = safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    )
+    length = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + length])
+    header = {"__metadata__": dict(sorted(metadata.items()))} | header if metadata else header
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return [struct.pack("<Q", len(text)), text, whole[8 + length :]]
+
+
+def _write_whole(path: Path, parts: list[bytes]) -> None:
+    """Write beside, sync, rename: readers see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o666 & ~_umask())  # as any file the user writes; mkstemp's are private
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(beside)
+        raise
+    _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """The rename itself reaches the disk. Not every file system and system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
