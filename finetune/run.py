@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -35,9 +36,11 @@ class Run:
         """`config` is the recipe's whole configuration, kept with the run. Raises Fault when it cannot run as asked."""
         self.config, self.train, self.optim = config, train, optim
         self.folder, self.tracker = output.output, output.tracker
+        self.settings = configuration.asdict(config)
         _require_new(self.folder)
         _require_tracker(self.tracker)
         _require_sense(train)
+        AcceleratorState._reset_state()  # a second run in one process may have another precision
         self.accelerator = Accelerator(
             mixed_precision="no" if train.precision == "fp32" else train.precision,
             log_with=None if self.tracker == "none" else self.tracker,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeAlias
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
 from finetune.objective import Diffusion, Objective
@@ -49,6 +49,10 @@ class Family(Protocol):
         """Prompts -> conditions. Gradients flow into the text encoders where they are being trained."""
         ...
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the conditions of one prompt, told by the denoiser alone: the encoders may be out of memory."""
+        ...
+
     def predict(self, noised: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
         """The denoiser's prediction. sizes: (B, 6), see `finetune.data.Geometry`; ignored by most families."""
         ...
@@ -76,9 +80,9 @@ def freeze(family: Family) -> None:
 
 
 def diffusion(pipeline: DiffusionPipeline) -> Diffusion:
-    """The objective of a discrete-time diffusion model, from its scheduler's configuration."""
-    scheduler = pipeline.scheduler
-    return Diffusion(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
+    """The objective of a discrete-time diffusion model: its scheduler's noise schedule, as it is used in training."""
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    return Diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
 
 def encode_with_vae(vae: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor]:

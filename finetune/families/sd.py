@@ -40,6 +40,9 @@ class StableDiffusion:
         text, _ = self.pipeline.encode_prompt(list(prompts), device, 1, do_classifier_free_guidance=False)
         return {"text": text}
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"text": (77, self.pipeline.unet.config.cross_attention_dim)}
+
     def predict(self, noised: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
         unet = self.pipeline.unet
         text = conditions["text"].to(unet.dtype)

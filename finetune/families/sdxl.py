@@ -42,6 +42,11 @@ class StableDiffusionXL:
         )
         return {"text": text, "pooled": pooled}
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        unet = self.pipeline.unet.config
+        pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+        return {"text": (77, unet.cross_attention_dim), "pooled": (pooled,)}
+
     def predict(self, noised: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
         """sizes are SDXL's own `time_ids`: (original h, w, crop top, left, target h, w)."""
         unet = self.pipeline.unet

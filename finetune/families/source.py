@@ -101,7 +101,7 @@ class Source:
         if self.folder is not None:
             _check_folder(self.folder)
             return DiffusionPipeline.from_pretrained(
-                self.folder, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **components
+                self.folder, dtype=dtypes, use_safetensors=True, local_files_only=True, **components
             )
         if self.file is not None:
             pipeline_class = getattr(diffusers, self.pipeline_class())
@@ -113,7 +113,7 @@ class Source:
             return pipeline
         with _hub_faults(self):
             return DiffusionPipeline.from_pretrained(
-                self.model, revision=self.revision, torch_dtype=dtypes, use_safetensors=True, **components
+                self.model, revision=self.revision, dtype=dtypes, use_safetensors=True, **components
             )
 
 
