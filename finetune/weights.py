@@ -126,13 +126,18 @@ def _check_kind(path: Path) -> None:
     if path.suffix.lower() != SUFFIX:
         raise Fault(f"{path}: only {SUFFIX} files are read, not {path.suffix or 'files without an ending'}.")
     try:
-        head = path.open("rb").read(64)
+        with path.open("rb") as handle:
+            head = handle.read(64)
     except OSError as error:
         raise Fault(f"{path}: cannot be read ({error.strerror}).") from error
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) and head[8:9] != b"{":
+    if head[8:9] == b"{":  # the rest is for files that are something else altogether
+        return
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise Fault(_pickle(path) + " (Its name says otherwise; its content is a pickle.)")
     if head.startswith(b"version https://git-lfs"):
         raise Fault(f"{path}: a Git LFS pointer, not the weights themselves. Run `git lfs pull` where it comes from.")
+    if head.startswith(b"<"):
+        raise Fault(f"{path}: a web page, not weights: a download that asked for a login, perhaps. Download it again.")
 
 
 def _pickle(path: Path) -> str:
@@ -191,7 +196,7 @@ def _not_finite(name: str, tensor: Tensor) -> str | None:
     return f"{name}: {int((~finite).sum()):,} of {tensor.numel():,} values are NaN or infinite"
 
 
-def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes]:
+def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
     """The file's parts. The library writes the metadata in an order that changes from run to run: here it is sorted."""
     import safetensors.torch
 
@@ -201,12 +206,12 @@ def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> l
     length = struct.unpack("<Q", whole[:8])[0]
     header = json.loads(whole[8 : 8 + length])
     header = {"__metadata__": dict(sorted(metadata.items()))} | header if metadata else header
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
     text += b" " * (-len(text) % 8)  # tensors stay aligned
-    return [struct.pack("<Q", len(text)), text, whole[8 + length :]]
+    return [struct.pack("<Q", len(text)), text, memoryview(whole)[8 + length :]]
 
 
-def _write_whole(path: Path, parts: list[bytes]) -> None:
+def _write_whole(path: Path, parts: list[bytes | memoryview]) -> None:
     """Write beside, sync, rename: readers see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)

@@ -1,0 +1,275 @@
+"""Faults rows 38 and 40: which weight files are refused before anything is loaded; and how ours are written."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from finetune import weights
+from finetune.errors import Failure, Fault
+
+TENSORS = {"b.lora_A.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(4, dtype=torch.bfloat16)}
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "good.safetensors"
+    save_file(TENSORS, path, {"format": "pt", "finetune": "settings"})
+    return path
+
+
+def altered(path: Path, header: dict[str, object] | bytes, body: bytes = b"\0" * 8) -> Path:
+    """A file with this header, whatever it says."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+    return path
+
+
+def entry(begin: int = 0, end: int = 8, dtype: str = "F32", shape: tuple[object, ...] = (2,)) -> dict[str, object]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def test_a_whole_file_passes_and_is_read(good: Path) -> None:
+    weights.check_file(good)
+    assert weights.read_metadata(good) == {"format": "pt", "finetune": "settings"}
+    loaded = weights.load_tensors(good)
+    assert loaded.keys() == TENSORS.keys()
+    assert all(torch.equal(loaded[name], TENSORS[name]) for name in TENSORS)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pth", ".CKPT", ".pkl"])
+def test_pickles_are_refused_by_name_and_never_run(tmp_path: Path, suffix: str) -> None:
+    planted = tmp_path / "planted"
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (planted,)
+
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(Fault, match=r"can run code when they are loaded, so only \.safetensors"):
+        weights.load_tensors(path)
+    assert not planted.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_renamed_to_safetensors_is_refused(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "model.safetensors"
+    torch.save(TENSORS, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(Fault, match="its content is a pickle"):
+        weights.check_file(path)
+
+
+def test_truncated_at_any_byte_is_refused(good: Path, tmp_path: Path) -> None:
+    whole, part = good.read_bytes(), tmp_path / "part.safetensors"
+    for size in range(len(whole)):
+        part.write_bytes(whole[:size])
+        with pytest.raises(Fault, match="cut short"):
+            weights.check_file(part)
+
+
+def test_the_missing_and_the_trailing_bytes_are_counted(good: Path, tmp_path: Path) -> None:
+    whole, path = good.read_bytes(), tmp_path / "other.safetensors"
+    path.write_bytes(whole[:-5])
+    with pytest.raises(Fault, match="5 of 32 bytes of tensors are missing"):
+        weights.check_file(path)
+    path.write_bytes(whole + b"hidden program")
+    with pytest.raises(Fault, match="14 bytes follow the last tensor"):
+        weights.check_file(path)
+
+
+@pytest.mark.parametrize("length", [100_000_001, 2**63, 2**64 - 1])
+def test_an_oversized_header_is_refused_without_reading_it(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "huge.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + b"{}" * 50)
+    with pytest.raises(Fault, match=r"its header claims .* bytes; at most 100,000,000 are allowed"):
+        weights.check_file(path)
+
+
+BROKEN = {
+    "no JSON": b"{'a': 1}",
+    "not UTF-8": b'{"\xff": 1}',
+    "no table": b"[]",
+    "nested beyond all measure": b"[" * 100_000,
+    "a name twice": b'{"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}',
+    "unknown type": {"a": entry(dtype="OBJECT")},
+    "type unhashable": {"a": {"dtype": [], "shape": [2], "data_offsets": [0, 8]}},
+    "no place": {"a": {"dtype": "F32", "shape": [2]}},
+    "entry is no table": {"a": 3},
+    "shape and bytes disagree": {"a": entry(shape=(3,))},
+    "negative shape": {"a": entry(shape=(-1, -2))},
+    "shape of texts": {"a": entry(shape=("2",))},
+    "shape of truths": {"a": entry(shape=(2, True))},
+    "end before begin": {"a": entry(8, 0)},
+    "metadata not texts": {"__metadata__": {"a": 1}, "a": entry()},
+    "metadata a list": {"__metadata__": ["a"], "a": entry()},
+    "product overflows": {"a": entry(shape=(2**62, 2**62))},
+}
+
+
+@pytest.mark.parametrize("header", BROKEN.values(), ids=BROKEN.keys())
+def test_a_header_that_makes_no_sense_is_refused(tmp_path: Path, header: dict[str, object] | bytes) -> None:
+    with pytest.raises(Fault, match="its header cannot be understood"):
+        weights.check_file(altered(tmp_path / "x.safetensors", header))
+
+
+@pytest.mark.parametrize("second", [entry(4, 12), entry(12, 20)], ids=["overlap", "gap"])
+def test_overlaps_and_gaps_are_refused(tmp_path: Path, second: dict[str, object]) -> None:
+    path = altered(tmp_path / "x.safetensors", {"a": entry(), "b": second}, b"\0" * 20)
+    with pytest.raises(Fault, match="tensor b begins at byte"):
+        weights.check_file(path)
+
+
+@given(place=st.integers(0, 200), value=st.integers(0, 255))
+def test_whatever_byte_is_changed_the_library_reads_what_we_pass(place: int, value: int, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+    """What passes here loads; what does not is a Fault, not another exception."""
+    folder = tmp_path_factory.getbasetemp()
+    path = folder / "changed.safetensors"
+    save_file(TENSORS, path, {"format": "pt"})
+    raw = bytearray(path.read_bytes())
+    raw[place % len(raw)] = value
+    path.write_bytes(raw)
+    try:
+        weights.check_file(path)
+    except Fault:
+        return
+    load_file(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+    ],
+)
+def test_what_downloads_leave_behind_is_named(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(Fault, match=reason):
+        weights.check_file(path)
+
+
+def test_missing_folder_and_other_kinds(tmp_path: Path) -> None:
+    with pytest.raises(Fault, match="there is no such file"):
+        weights.check_file(tmp_path / "none.safetensors")
+    with pytest.raises(Fault, match="a folder, where"):
+        weights.check_file(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(Fault, match=r"only \.safetensors files are read, not \.gguf"):
+        weights.check_file(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_are_not_finite_are_refused_on_load(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    path = tmp_path / "nan.safetensors"
+    tensor = torch.zeros(3, 4, dtype=dtype)
+    tensor[1, 2] = value
+    save_file({"fine": torch.ones(2), "unet.to_q.lora_A": tensor}, path)
+    weights.check_file(path)
+    with pytest.raises(Fault, match="NaN or infinite") as caught:
+        weights.load_tensors(path)
+    assert caught.value.details == ["unet.to_q.lora_A: 1 of 12 values are NaN or infinite"]
+
+
+def test_modules_with_values_that_are_not_finite_are_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    weights.check_finite({"unet": model})
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+        model[1].running_var[1] = math.inf
+    with pytest.raises(Fault) as caught:
+        weights.check_finite({"vae": nn.Linear(1, 1), "unet": model})
+    assert [line.split(":")[0] for line in caught.value.details] == ["unet.0.weight", "unet.1.running_var"]
+
+
+def test_a_model_full_of_nan_gives_a_short_list() -> None:
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(20)))
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, math.nan)
+    with pytest.raises(Fault) as caught:
+        weights.check_finite({"unet": model})
+    assert len(caught.value.details) == 11
+    assert caught.value.details[-1] == "... and 30 more"
+
+
+def test_eight_bit_floats_and_meta_tensors_are_understood() -> None:
+    model = nn.Module()
+    model.register_buffer("eight", torch.tensor([1.0, math.nan]).to(torch.float8_e4m3fn))
+    model.register_buffer("meta", torch.empty(3, device="meta"))
+    model.register_buffer("whole", torch.arange(3))
+    with pytest.raises(Fault, match="1 of 2 values"):
+        weights.check_finite({"unet": model})
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 3), max_size=3), min_size=1, max_size=4),
+    metadata=st.dictionaries(st.text(st.characters(codec="utf-8"), min_size=1), st.text(st.characters(codec="utf-8"))),
+)
+def test_what_is_saved_is_what_is_loaded(shapes, metadata, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+    metadata.pop("__metadata__", None)
+    path = tmp_path_factory.getbasetemp() / "saved.safetensors"
+    tensors = {f"tensor.{i}": torch.from_numpy(np.random.default_rng(i).normal(size=s)) for i, s in enumerate(shapes)}
+    weights.save_tensors(path, tensors, metadata)
+    assert weights.read_metadata(path) == metadata
+    for loaded in (weights.load_tensors(path), load_file(path)):
+        assert loaded.keys() == tensors.keys()
+        assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    with safe_open(path, framework="pt") as handle:
+        assert (handle.metadata() or {}) == metadata
+
+
+def test_the_same_weights_give_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    """The library's own writer puts metadata in an order that differs from process to process."""
+    program = (
+        "import sys, torch\nfrom pathlib import Path\nfrom finetune import weights\n"
+        "weights.save_tensors(Path(sys.argv[1]), {'b': torch.ones(3), 'a': torch.zeros(2, dtype=torch.float16)},\n"
+        "                     {f'key{i}': str(i) for i in range(20)})"
+    )
+    files = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for file in files:
+        subprocess.run([sys.executable, "-c", program, str(file)], check=True, cwd=Path(__file__).parents[1])
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_slices_and_tied_tensors_are_saved(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    weights.save_tensors(tmp_path / "a.safetensors", {"row": whole[1], "turned": whole.T, "tied": whole})
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(loaded["row"], whole[1]) and torch.equal(loaded["turned"], whole.T)
+
+
+def test_nan_is_not_saved_and_the_old_file_stays(good: Path) -> None:
+    before = good.read_bytes()
+    with pytest.raises(Failure, match="not written"):
+        weights.save_tensors(good, {"a": torch.tensor([math.nan])})
+    assert good.read_bytes() == before
+    assert [path.name for path in good.parent.glob("*")] == [good.name]
+
+
+def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = good.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights.os, "fsync", full)
+    with pytest.raises(Failure, match=r"cannot be written \(No space left on device\); .* MB are needed"):
+        weights.save_tensors(good, {"a": torch.ones(3)})
+    assert good.read_bytes() == before
+    assert [path.name for path in good.parent.iterdir() if path.suffix == ".part"] == []
