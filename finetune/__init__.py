@@ -1,0 +1,74 @@
+"""Fine-tune Stable Diffusion on a handful of pictures, and prove the file that comes out.
+
+Recipes write `import finetune as ft` and use the names below. A name is imported when it is first used, so that the
+command line, which reads a recipe's `Config` before any work, answers without importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from finetune import adapters, config, data, export, families, keys, objective, optim, priors, sampling
+    from finetune.data.encoding import encode, release_frozen
+    from finetune.errors import Failure, Fault
+    from finetune.families import Source, load
+    from finetune.loop import fit
+    from finetune.previews import preview
+    from finetune.run import Run, due
+
+MODULES = ["adapters", "config", "data", "export", "families", "keys", "objective", "optim", "priors", "sampling"]
+HOME = {
+    "Failure": "errors",
+    "Fault": "errors",
+    "Run": "run",
+    "Source": "families",
+    "due": "run",
+    "encode": "data.encoding",
+    "fit": "loop",
+    "load": "families",
+    "preview": "previews",
+    "release_frozen": "data.encoding",
+}
+"""Where the names of functions and classes live."""
+
+__all__ = [
+    "Failure",
+    "Fault",
+    "Run",
+    "Source",
+    "adapters",
+    "config",
+    "data",
+    "due",
+    "encode",
+    "export",
+    "families",
+    "fit",
+    "keys",
+    "load",
+    "objective",
+    "optim",
+    "preview",
+    "priors",
+    "release_frozen",
+    "sampling",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in HOME:
+        value = getattr(importlib.import_module(f"finetune.{HOME[name]}"), name)
+    elif name in MODULES:
+        value = importlib.import_module(f"finetune.{name}")
+    else:
+        raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

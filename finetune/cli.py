@@ -1,0 +1,139 @@
+"""The command `finetune`: a table of verbs. Nothing heavy is imported before a verb's work begins."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from finetune import __version__, config, shelf
+from finetune.errors import Fault
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+ABOUT = "DreamBooth and LoRA for Stable Diffusion: a handful of pictures to a file that was proven to load."
+MORE = "`finetune COMMAND --help` lists a command's options. FINETUNE_DEBUG=1 shows where a fault came from."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command. An expected fault is said on stderr in a paragraph, and its status is the exit status."""
+    # What the libraries have to say about themselves does not stand between what we say.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except (Fault, KeyboardInterrupt) as stop:
+        if os.environ.get("FINETUNE_DEBUG"):
+            raise
+        _say(str(stop) or "Stopped.")
+        sys.exit(stop.status if isinstance(stop, Fault) else INTERRUPTED)
+
+
+def _dispatch(words: list[str]) -> None:
+    if words[:1] in ([], ["-h"], ["--help"]):
+        print(_table(f"usage: finetune COMMAND [OPTIONS]\n\n{ABOUT}\n", VERBS), MORE, sep="\n\n")
+        return
+    if words == ["--version"]:
+        print(f"finetune {__version__}")
+        return
+    for name in (" ".join(words[:2]), words[0]):
+        if name in VERBS:
+            return VERBS[name].run(words[len(name.split()) :], f"finetune {name}")
+    verb, groups = words[0], {name.split()[0] for name in VERBS}
+    if verb in groups:
+        below = [name for name in VERBS if name.startswith(f"{verb} ")]
+        raise Fault(f"finetune {verb}: which one? {shelf.nearest(' '.join(words[:2]), below)}")
+    raise Fault(f"finetune {verb}: there is no such command. {shelf.nearest(verb, groups)}")
+
+
+def _page(module: str) -> Callable[[list[str], str], None]:
+    """A command that is a module with `Config` and `main(config)`, as recipes are."""
+
+    def run(words: list[str], prog: str) -> None:
+        page = importlib.import_module(module)
+        page.main(config.parse(page.Config, words, prog))
+
+    return run
+
+
+def _train(words: list[str], prog: str) -> None:
+    """`train RECIPE ...`. Without RECIPE, the one that the TOML file of --config is made for."""
+    if words[:1] in (["-h"], ["--help"]):
+        found = {name: shelf.describe(path) for name, path in shelf.recipes().items()}
+        print(_table(f"usage: {prog} RECIPE [OPTIONS]\n", found))
+        print(f"\nRECIPE may be a file of your own: ./my_recipe.py. `{prog} RECIPE --help` lists a recipe's options.")
+        return
+    if words and not words[0].startswith("-"):
+        recipe, words = words[0], words[1:]
+    else:
+        file = config.file_of(words)
+        recipe = (config.recipe_of(file) if file else None) or ""
+    if not recipe:
+        raise Fault(f"{prog}: which recipe? `{prog} RECIPE ...`, with one of: {', '.join(shelf.recipes())}.")
+    page = shelf.load(recipe)
+    page.main(config.parse(page.Config, words, f"{prog} {recipe}"))
+
+
+def _recipes(words: list[str], prog: str) -> None:
+    @dataclass(frozen=True)
+    class Recipes:
+        """List the recipes, and the ready settings that come with them."""
+
+    tyro.cli(Recipes, args=words, prog=prog)
+    print(_table("Recipes: `finetune train NAME ...`\n", {n: shelf.describe(p) for n, p in shelf.recipes().items()}))
+    print(_table("\nReady settings: `finetune train RECIPE --config NAME ...`\n",
+                 {n: shelf.describe(p) for n, p in shelf.settings().items()}))  # fmt: skip
+    print("\n`finetune copy NAME FILE` gives you any of them to change.")
+
+
+def _copy(words: list[str], prog: str) -> None:
+    @dataclass(frozen=True)
+    class Copy:
+        """Copy a recipe, or ready settings, to a file of your own to change. Never over a file that is there."""
+
+        name: tyro.conf.Positional[str]
+        """A recipe (`lora`) or ready settings (`lora-sd15-subject`)."""
+        file: tyro.conf.Positional[Path]
+        """The file to write, e.g. my_recipe.py."""
+
+    asked = tyro.cli(Copy, args=words, prog=prog)
+    shelf.copy(asked.name, asked.file)
+    how = f"{asked.file}" if asked.file.suffix == ".py" else f"--config {asked.file}"
+    print(f"Wrote {asked.file}. Change it, then run it: `finetune train {how} ...`")
+
+
+def _table(title: str, rows: dict[str, str] | dict[str, Verb]) -> str:
+    width = max((len(name) for name in rows), default=0)
+    texts = {name: row.help if isinstance(row, Verb) else row for name, row in rows.items()}
+    return "\n".join([title, *(f"  {name:{width}}  {text}" for name, text in texts.items())])
+
+
+def _say(message: str) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    console.print(message, style="red", markup=False, soft_wrap=not console.is_terminal)
+
+
+@dataclass(frozen=True)
+class Verb:
+    help: str
+    run: Callable[[list[str], str], None]
+    """Called with the words after the verb, and with those up to it (`finetune train`)."""
+
+
+VERBS = {
+    "demo": Verb("see it work: a subject learned in minutes, before and after in one picture", _page("finetune.demo")),
+    "train": Verb("train a recipe on your pictures", _train),
+    "generate": Verb("draw pictures with a model and adapters", _page("finetune.generate")),
+    "recipes": Verb("list the recipes and their ready settings", _recipes),
+    "copy": Verb("copy a recipe or settings to change them", _copy),
+    "toybox train": Verb("make the embedded base model again, from nothing", _page("finetune.toybox.train")),
+    "toybox measure": Verb("measure the embedded base model with its judge", _page("finetune.toybox.measure")),
+}

@@ -1,0 +1,1 @@
+"""Recipes: pages that read downward. They import `finetune`, never one another; installed as `finetune.recipes`."""
