@@ -1,0 +1,78 @@
+"""Train the toybox from nothing: draw the world, then autoencoder, judge with text encoder, noise predictor, export.
+
+The one place where the whole of Stable Diffusion is trained. Every stage goes on from its own checkpoint; a finished
+stage is skipped; a larger number of pictures makes a finished stage go on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the embedded base model is made."""
+
+    output: Path = Path("toybox-run")
+    """Working folder: drawn pictures, checkpoints, sample sheets, log. A later run goes on from what is there."""
+    weights: Path | None = None
+    """Where the finished pipeline and judge are written. Default: `export` in the working folder."""
+    seed: int = 0
+    """Seed of the world, the weights and every batch."""
+    pictures: int = 40_000
+    """World pictures drawn once, before training."""
+    vae_pictures: int = 72_000
+    """Training pictures that the autoencoder sees."""
+    vae_batch: int = 32
+    """Pictures a step for the autoencoder."""
+    vae_lr: float = 2e-3
+    """Peak learning rate of the autoencoder."""
+    vae_kl: float = 3e-4
+    """Weight of the latents' divergence from the unit Gaussian."""
+    judge_pictures: int = 128_000
+    """Captioned pictures that the judge and the text encoder see (and as many views of things)."""
+    judge_batch: int = 128
+    """Captioned pictures a step for the judge."""
+    judge_lr: float = 2e-3
+    """Peak learning rate of the judge and of the text encoder's first training."""
+    noise_pictures: int = 400_000
+    """Training pictures that the noise predictor sees. A larger number makes a finished training go on."""
+    batch: int = 64
+    """Pictures a step for the noise predictor."""
+    lr: float = 1.5e-3
+    """Peak learning rate of the noise predictor; its text encoder has a third of it."""
+    caption_dropout: float = 0.1
+    """Share of captions left out, so that guidance has something to push away from."""
+    snr_gamma: float = 5.0
+    """Cap on a timestep's weight in terms of clean latents."""
+    threads: int = 2
+    """CPU threads."""
+
+
+def main(config: Config) -> None:
+    """Run every stage that is not finished, then write the pipeline."""
+    import torch
+
+    from finetune.toybox import judge_training, noise, pack, text, vae
+    from finetune.toybox.judge import Judge
+
+    torch.set_num_threads(config.threads)
+    folder = config.output
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = config.weights or folder / "export"
+    autoencoder = vae.train(config, folder)
+    contrast = judge_training.train(config, folder, autoencoder)
+    judge, tokenizer = Judge(contrast.judge), text.new_tokenizer()
+
+    def export(unet, encoder) -> None:
+        pack.export(weights, unet, encoder, autoencoder, tokenizer, judge)
+
+    trained = noise.train(config, folder, autoencoder, contrast.encoder, judge, export)
+    export(trained["unet"], trained["encoder"])
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Config))
