@@ -1,0 +1,176 @@
+"""Where a base model comes from, what is refused, and the questions that a family answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune import families
+from finetune.errors import Fault
+from finetune.families import Source
+
+KINDS = ["sd", "sd-v", "sdxl"]
+UNET = Path("unet", "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture
+def copied(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
+    """A model folder that a test may damage."""
+    return Path(shutil.copytree(tiny_models["sd"], tmp_path / "model"))
+
+
+def refused(model: str | Path, **more: str) -> str:
+    with pytest.raises(Fault) as fault:
+        families.load(Source(str(model), **more))
+    return str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "prediction"),
+    [
+        ("sd", "StableDiffusion", "epsilon"),
+        ("sd-v", "StableDiffusion", "v_prediction"),
+        ("sdxl", "StableDiffusionXL", "epsilon"),
+    ],
+)
+def test_the_checkpoint_says_what_it_is(kind: str, family: str, prediction: str, tiny_models: dict[str, Path]) -> None:
+    loaded = families.load(Source(str(tiny_models[kind])))
+    assert type(loaded).__name__ == family
+    assert loaded.objective().prediction == prediction  # type: ignore[attr-defined]
+    assert loaded.objective().timesteps == 1000
+    assert loaded.resolution() == 64
+    assert not any(p.requires_grad for module in families.modules(loaded).values() for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_latents_and_predictions_have_the_shapes_that_they_should(kind: str, tiny_models: dict[str, Path]) -> None:
+    family = families.load(Source(str(tiny_models[kind])), torch.bfloat16)
+    mean, std = family.encode_pictures(torch.zeros(2, 3, 64, 96))
+    assert mean.shape == std.shape == (2, 4, 8, 12)
+    assert mean.dtype == torch.float32
+    conditions = family.encode_prompts(["a dog", "a photo of a very small cat"])
+    assert conditions["text"].shape == (2, 77, 40 if kind == "sdxl" else 16)
+    sizes = torch.tensor([[64, 96, 0, 0, 64, 96.0]] * 2)
+    prediction = family.predict(mean, torch.tensor([1, 999]), conditions, sizes)
+    assert prediction.shape == mean.shape
+    assert prediction.dtype == torch.bfloat16
+
+
+def test_latents_are_in_the_scale_that_the_denoiser_works_in(tiny_models: dict[str, Path]) -> None:
+    """z = (posterior mean - shift) * scaling_factor, as the pipelines' img2img has it."""
+    family = families.load(Source(str(tiny_models["sd"])))
+    pictures = torch.rand(2, 3, 64, 64) * 2 - 1
+    posterior = family.pipeline.vae.encode(pictures).latent_dist
+    mean, std = family.encode_pictures(pictures)
+    torch.testing.assert_close(mean, posterior.mean * 0.18215)
+    torch.testing.assert_close(std, posterior.std * 0.18215)
+
+
+def test_sdxl_is_told_the_size(tiny_models: dict[str, Path]) -> None:
+    family = families.load(Source(str(tiny_models["sdxl"])))
+    latents, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    conditions = family.encode_prompts(["a dog"])
+    whole, cropped = (
+        family.predict(latents, t, conditions, torch.tensor([[64.0, 64, top, 0, 64, 64]])) for top in (0, 32)
+    )
+    assert not torch.allclose(whole, cropped)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_released_parts_come_back_and_trained_ones_stay(kind: str, tiny_models: dict[str, Path]) -> None:
+    source = Source(str(tiny_models[kind]))
+    family = families.load(source)
+    vae, unet = family.pipeline.vae.state_dict(), family.pipeline.unet
+    with torch.no_grad():
+        unet.conv_in.weight.fill_(0.5)
+    families.release(family, "vae", "text_encoder")
+    assert family.pipeline.vae is None
+    families.restore(family, source)
+    assert family.pipeline.unet is unet
+    assert float(unet.conv_in.weight[0, 0, 0, 0]) == 0.5
+    assert all(torch.equal(value, vae[name]) for name, value in family.pipeline.vae.state_dict().items())
+    assert not any(p.requires_grad for p in family.pipeline.vae.parameters())
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt"])
+def test_a_pickled_checkpoint_is_refused(suffix: str, tmp_path: Path) -> None:
+    """FAULTS row 38."""
+    file = tmp_path / f"model{suffix}"
+    torch.save({"a": torch.zeros(1)}, file)
+    message = refused(file)
+    assert file.name in message
+    assert "safetensors" in message
+
+
+def test_a_folder_that_holds_only_pickles_is_refused(copied: Path) -> None:
+    for file in copied.rglob("*.safetensors"):
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+    message = refused(copied)
+    assert "pickles" in message
+    assert "unet/diffusion_pytorch_model.bin" in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "trailing", "header"])
+def test_a_damaged_weight_file_is_refused(damage: str, copied: Path) -> None:
+    """FAULTS row 40."""
+    file = copied / UNET
+    whole = file.read_bytes()
+    damaged = {
+        "truncated": whole[:-100],
+        "trailing": whole + b"\0" * 8,
+        "header": (2**60).to_bytes(8, "little") + whole[8:],
+    }
+    file.write_bytes(damaged[damage])
+    assert UNET.name in refused(copied)
+
+
+def test_weights_that_are_not_finite_are_refused(copied: Path) -> None:
+    tensors = load_file(copied / UNET)
+    tensors["conv_in.weight"][0, 0, 0, 0] = float("nan")
+    save_file(tensors, copied / UNET, metadata={"format": "pt"})
+    message = refused(copied)
+    assert "unet" in message
+    assert "conv_in.weight" in message
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    assert "model_index.json" in refused(tmp_path)
+
+
+def test_an_unknown_pipeline_is_named(copied: Path) -> None:
+    index = copied / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "KandinskyPipeline"}))
+    message = refused(copied)
+    assert "KandinskyPipeline" in message
+    assert "StableDiffusionXLPipeline" in message
+
+
+def test_a_name_that_is_nowhere_says_where_was_looked() -> None:
+    message = refused("nobody/no-such-model", revision="abc")
+    assert "nobody/no-such-model at revision abc" in message
+    assert "network" in message
+
+
+def test_a_missing_checkpoint_file(tmp_path: Path) -> None:
+    assert "no such checkpoint file" in refused(tmp_path / "model.safetensors")
+
+
+def test_an_adapter_given_as_model_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "adapter.safetensors"
+    save_file({"unet.down.lora_A.weight": torch.zeros(2, 2)}, file)
+    assert "--adapter" in refused(file)
+
+
+def test_the_identity_is_the_content(tiny_models: dict[str, Path], copied: Path, tmp_path: Path) -> None:
+    original = Source(str(tiny_models["sd"])).identity()
+    assert Source(str(copied)).identity() == original
+    tensors = load_file(copied / UNET)
+    tensors["conv_in.weight"][0, 0, 0, 0] += 1
+    save_file(tensors, copied / UNET, metadata={"format": "pt"})
+    assert Source(str(copied)).identity() != original
