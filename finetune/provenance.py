@@ -24,7 +24,9 @@ TRAINING = (
     "gradient_checkpointing",
 )
 """Settings of a run, by their names in `finetune.settings`."""
-PICTURE = ("prompt", "negative", "seed", "steps", "guidance", "width", "height", "scheduler", "model", "revision")
+PICTURE = (
+    *("prompt", "negative", "seed", "step", "steps", "guidance", "width", "height", "scheduler", "model", "revision"),
+)
 """Settings of a picture."""
 
 

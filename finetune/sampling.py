@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import nn
+from torch import Tensor, nn
 
 from finetune import families
 from finetune.errors import Fault
@@ -38,7 +39,7 @@ def sample(
     size = _fitting(family, size or family.resolution())
     pairs = list(zip(prompts, seeds, strict=True))
     pictures: list[Image] = []
-    with torch.no_grad(), _inference(family), _precision(family):
+    with torch.no_grad(), inference(family), _precision(family):
         for start in range(0, len(pairs), batch):
             part = pairs[start : start + batch]
             pictures += family.pipeline(
@@ -55,7 +56,7 @@ def sample(
 
 
 @contextmanager
-def _inference(family: Family) -> Iterator[None]:
+def inference(family: Family) -> Iterator[None]:
     """Every module in evaluation mode; afterwards each in the mode it was in."""
     modes = [(part, part.training) for module in families.modules(family).values() for part in module.modules()]
     try:
@@ -67,12 +68,26 @@ def _inference(family: Family) -> Iterator[None]:
             part.training = mode
 
 
-def _precision(family: Family) -> AbstractContextManager[object]:
-    """Autocast when the parts differ (a trained UNet in float32 beside frozen parts in bf16), as in training."""
-    dtypes = {_dtype(module) for module in families.modules(family).values()}
-    if len(dtypes) == 1:
-        return nullcontext()
-    return torch.autocast(families.denoiser(family).device.type, dtype=min(dtypes, key=lambda dtype: dtype.itemsize))
+@contextmanager
+def _precision(family: Family) -> Iterator[None]:
+    """Autocast when denoiser and text encoders differ (float32 where they train, bf16 where frozen), as in training.
+
+    The VAE decodes in the precision of its own weights, which may be another.
+    """
+    vae, decode = family.pipeline.vae, family.pipeline.vae.decode
+
+    def in_own_precision(latents: Tensor, *args: Any, **options: Any) -> Any:
+        with torch.autocast(vae.device.type, enabled=False):
+            return decode(latents.to(_dtype(vae)), *args, **options)
+
+    predicting = {_dtype(part) for part in (families.denoiser(family), *families.text_encoders(family).values())}
+    lowest = min(predicting, key=lambda dtype: dtype.itemsize)
+    vae.decode = in_own_precision
+    try:
+        with nullcontext() if len(predicting) == 1 else torch.autocast(vae.device.type, dtype=lowest):
+            yield
+    finally:
+        del vae.decode
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -1,0 +1,7 @@
+"""What was trained, as files: each loaded back and compared with the live model before it takes its name."""
+
+from finetune.export.adapter_file import adapter, verify_adapter
+from finetune.export.merged_folder import merged, verify_merged
+from finetune.export.reading import attach
+
+__all__ = ["adapter", "attach", "merged", "verify_adapter", "verify_merged"]

@@ -1,0 +1,56 @@
+"""The same question put to two models: what does the denoiser predict, what do the text encoders say?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from finetune import families, keys
+from finetune.families import Conditions, Family
+from finetune.sampling import inference
+
+PROMPT = "a photo of a dog on a beach"
+SIDE = 16
+"""Side of the latents in which predictions are compared; the least that SD's four levels go well with is 8."""
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Of a prediction, relative to its norm: what rounding in this precision adds up to over a whole network."""
+ROUNDING = {torch.float32: 2**-22, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+"""Of one number, relative: a rounding error of this precision, doubled."""
+
+
+def prediction(family: Family) -> Tensor:
+    """The denoiser's answer to keyed noise under keyed conditions, (1, C, h, w), float32 on the CPU."""
+    denoiser = families.denoiser(family)
+    conditions: Conditions = {
+        name: keys.normal((1, *shape), 0, "verify", name).to(denoiser.device)
+        for name, shape in family.condition_shapes().items()
+    }
+    noised = keys.normal((1, denoiser.config.in_channels, SIDE, SIDE), 0, "verify", "latents").to(denoiser.device)
+    timesteps = torch.tensor([family.objective().timesteps // 2], device=denoiser.device)
+    side = float(SIDE * family.pipeline.vae_scale_factor)
+    sizes = torch.tensor([[side, side, 0, 0, side, side]], device=denoiser.device)
+    with torch.no_grad(), inference(family):
+        return family.predict(noised, timesteps, conditions, sizes).float().cpu()
+
+
+def encoding(family: Family) -> Tensor:
+    """The text encoders' answer to a prompt, all conditions in one row, float32 on the CPU."""
+    with torch.no_grad(), inference(family):
+        conditions = family.encode_prompts([PROMPT])
+    return torch.cat([tensor.float().cpu().flatten() for tensor in conditions.values()])
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """||one - other|| / ||one||; infinite when something is not finite."""
+    if one.shape != other.shape or not (one.isfinite().all() and other.isfinite().all()):
+        return float("inf")
+    return float((one - other).norm() / one.norm().clamp(min=1e-12))
+
+
+def rounded_alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all numbers agree to a rounding error of `dtype`; numbers below its smallest normal one are zero."""
+    one, other = one.float().cpu(), other.float().cpu()
+    if one.shape != other.shape:
+        return False
+    allowed = ROUNDING.get(dtype, 0.0) * one.abs() + (torch.finfo(dtype).tiny if dtype.is_floating_point else 0.0)
+    return bool(((one - other).abs() <= allowed).all())

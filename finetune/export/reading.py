@@ -1,0 +1,159 @@
+"""Adapter files onto a pipeline, through diffusers, with the promise that no tensor of the file was ignored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils.state_dict_utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from finetune import families, weights
+from finetune.errors import Fault
+from finetune.export import naming
+from finetune.families import Family
+from finetune.quiet import quiet
+
+LISTED = 10
+"""Names in a message before the rest is counted."""
+KINDS = {"lora_A.weight": 1, "lora_B.weight": 0, "lora_B.bias": 0, "lora_magnitude_vector": 0}
+"""A layer's tensors in the PEFT layout, and the axis of the layer's own weight (out, in, ...) that each must fit."""
+NAME = re.compile(rf"(?P<layer>.+)\.(?P<kind>{'|'.join(KINDS)})")
+DIFFUSERS_FAULTS = (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError)
+"""What diffusers raises for files that it does not understand."""
+
+
+def attach(family: Family, path: Path, adapter: str) -> None:
+    """Put the adapter of a file on the pipeline, under the given name and active alone.
+
+    Raises Fault, and takes it off again, when the file cannot be read, holds a tensor that does not belong to this
+    model or that diffusers would ignore, or lacks one. The names are listed.
+    """
+    weights.check_file(path)
+    tensors = weights.load_tensors(path)
+    promised = _translated(family, path, tensors)
+    _require_fitting(family, path, promised)
+    try:
+        with quiet():
+            family.pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter)
+    except DIFFUSERS_FAULTS as error:
+        detach(family, adapter)
+        raise Fault(f"{path}: cannot be put on this {family.title} model ({first_line(error)}).") from error
+    ignored = set(promised) ^ set(adapter_tensors(family, adapter))
+    if ignored:
+        detach(family, adapter)
+        raise Fault(f"{path}: diffusers does not load all of it. What is ignored or missing:", listed(ignored))
+
+
+def detach(family: Family, adapter: str) -> None:
+    """Take an adapter off again."""
+    with quiet():
+        family.pipeline.delete_adapters(adapter)
+
+
+def adaptable(family: Family) -> dict[str, nn.Module]:
+    """The parts of the pipeline that can carry an adapter and are in memory, by name."""
+    return {family.denoiser_name: families.denoiser(family), **families.text_encoders(family)}
+
+
+def layers(module: nn.Module, adapter: str) -> dict[str, LoraLayer]:
+    """The layers of the module that carry the adapter, by name."""
+    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+    return {name: layer for name, layer in found.items() if adapter in layer.r}
+
+
+def adapter_tensors(family: Family, adapter: str) -> dict[str, Tensor]:
+    """The tensors of an adapter that is on the pipeline: `unet.<layer>.lora_A.weight`, by the modules' own names."""
+    tensors: dict[str, Tensor] = {}
+    for part, module in adaptable(family).items():
+        if adapter in getattr(module, "peft_config", {}):
+            state = get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
+            tensors |= {f"{part}.{name}": tensor for name, tensor in state.items()}
+    return tensors
+
+
+def listed(names: Iterable[str]) -> list[str]:
+    """The first few names, and how many more there are."""
+    names = sorted(names)
+    return names[:LISTED] + ([f"and {len(names) - LISTED} more"] if len(names) > LISTED else [])
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _translated(family: Family, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors by the names that diffusers gives them, as `adapter_tensors` would have them.
+
+    Raises Fault when diffusers cannot translate the names, or drops some of them.
+    """
+    weighty = [name for name in tensors if not name.endswith(".alpha")]
+    try:
+        state, _ = family.pipeline.lora_state_dict(
+            path.parent, weight_name=path.name, unet_config=families.denoiser(family).config
+        )
+        read = len(state)
+        translated: dict[str, Tensor] = {}
+        for part, module in adaptable(family).items():
+            own = {name.removeprefix(f"{part}."): state.pop(name) for name in [*state] if name.startswith(f"{part}.")}
+            known = _to_peft(own, part == family.denoiser_name) if own else {}
+            translated |= {f"{part}.{naming.held(module, name)}": tensor for name, tensor in known.items()}
+    except DIFFUSERS_FAULTS as error:
+        raise Fault(
+            f"{path}: not an adapter that diffusers can read ({first_line(error)}). Its tensors:", listed(tensors)
+        ) from error
+    if not read or read < len(weighty):
+        raise Fault(
+            f"{path}: diffusers would read {read} of its {len(weighty)} tensors and ignore the rest. Its tensors:",
+            listed(tensors),
+        )
+    return {**translated, **state}
+
+
+def _to_peft(state: dict[str, Tensor], denoiser: bool) -> dict[str, Tensor]:
+    """As diffusers' loader does it: a denoiser's names are translated when the first one is not PEFT's already."""
+    if denoiser:
+        return state if "lora_A" in next(iter(state)) else convert_unet_state_dict_to_peft(state)
+    return convert_state_dict_to_peft(convert_state_dict_to_diffusers(state))
+
+
+def _require_fitting(family: Family, path: Path, promised: Mapping[str, Tensor]) -> None:
+    """Every tensor has its layer in the model, fits it, and has its companion."""
+    wrong, lacking = [], []
+    for name, tensor in promised.items():
+        match = NAME.fullmatch(name)
+        weight = _weight(family, match["layer"]) if match else None
+        if match is None or weight is None:
+            wrong.append(f"{name}: this model has no such layer")
+        elif tensor.shape[min(KINDS[match["kind"]], tensor.ndim - 1)] != weight.shape[KINDS[match["kind"]]]:
+            wrong.append(f"{name}: {tuple(tensor.shape)} does not fit the layer's weight {tuple(weight.shape)}")
+        else:
+            pair = {f"{match['layer']}.lora_A.weight", f"{match['layer']}.lora_B.weight"}
+            lacking += [other for other in pair if other not in promised]
+    if wrong:
+        raise Fault(
+            f"{path}: {len(wrong)} of its {len(promised)} tensors do not belong to this {family.title} model. "
+            "Was the adapter made for another kind of model?",
+            listed(wrong),
+        )
+    if lacking:
+        raise Fault(f"{path}: tensors are missing, the adapter is not whole:", listed(set(lacking)))
+
+
+def _weight(family: Family, name: str) -> Tensor | None:
+    """The weight of a layer, by its name with the part before it."""
+    part, _, layer = name.partition(".")
+    try:
+        found: Any = adaptable(family)[part].get_submodule(layer)
+    except (KeyError, AttributeError):
+        return None
+    weight = getattr(found.get_base_layer() if isinstance(found, LoraLayer) else found, "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.ndim >= 2 else None
