@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,8 @@ class Source:
             with _hub_faults(self):
                 pipeline = pipeline_class.from_single_file(str(self.file), config=self.model_config, **components)
             for name, part in pipeline.components.items():
-                if isinstance(part, torch.nn.Module) and name not in components:
-                    part.to(dtypes.get(name, dtype))
+                if isinstance(part, torch.nn.Module) and part.dtype != (wanted := dtypes.get(name, dtype)):
+                    part.to(wanted)
             return pipeline
         with _hub_faults(self):
             return DiffusionPipeline.from_pretrained(
@@ -172,24 +173,20 @@ def _hash(files: list[Path], root: Path) -> str:
     return digest.hexdigest()
 
 
-class _hub_faults:
+@contextmanager
+def _hub_faults(source: Source) -> Iterator[None]:
     """Inside, what the hub answers becomes a Fault that says what to do."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, (OSError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, ConnectionError)):
-            what = f"{self.source.model}" + (f" at revision {self.source.revision}" if self.source.revision else "")
+    try:
+        yield
+    except (OSError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
+        answer = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if source.file is not None:
             raise Fault(
-                f"{what}: neither a folder nor a .safetensors file here, and the hub gave no such model "
-                f"({_first_line(error)}). Check the name, the revision, the network, and, for a gated model, "
-                "that you are logged in (`hf auth login`)."
+                f"{source.model}: the configuration and the tokenizer of this checkpoint could not be had from the hub "
+                f"({answer}). Name a diffusers model of the same kind that is here: --model-config FOLDER."
             ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
+        what = source.model + (f" at revision {source.revision}" if source.revision else "")
+        raise Fault(
+            f"{what}: neither a folder nor a .safetensors file here, and the hub gave no such model ({answer}). Check "
+            "the name, the revision, the network, and, for a gated model, that you are logged in (`hf auth login`)."
+        ) from error

@@ -6,7 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
+import original
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -159,6 +161,29 @@ def test_a_name_that_is_nowhere_says_where_was_looked() -> None:
 
 def test_a_missing_checkpoint_file(tmp_path: Path) -> None:
     assert "no such checkpoint file" in refused(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_checkpoint_in_the_original_layout_is_the_same_model(
+    kind: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    pipeline = tiny.pipeline(kind)
+    file = original.save(pipeline, tmp_path / "model.safetensors")
+    source = Source(str(file), model_config=str(tiny_models[kind]))
+    assert source.pipeline_class() == type(pipeline).__name__
+    family = families.load(source)
+    for name, module in families.modules(families.wrap(pipeline)).items():
+        loaded = family.pipeline.components[name].state_dict()
+        assert all(torch.equal(value, loaded[key]) for key, value in module.state_dict().items())
+    families.release(family, "vae")
+    families.restore(family, source)
+    assert family.pipeline.vae is not None
+
+
+def test_a_checkpoint_needs_a_configuration_from_the_hub_or_a_folder(tmp_path: Path) -> None:
+    file = original.save(tiny.pipeline("sd"), tmp_path / "model.safetensors")
+    assert Source(str(file)).pipeline_class() == "StableDiffusionPipeline"
+    assert "--model-config" in refused(file)
 
 
 def test_an_adapter_given_as_model_is_refused(tmp_path: Path) -> None:
