@@ -71,10 +71,10 @@ def verify_adapter(family: Family, path: Path) -> None:
             loaded = _answers(family)
         finally:
             detach(family, LOADED)
-    dtype = families.denoiser(family).dtype
+    denoiser: Any = families.denoiser(family)
     for what, answer in live.items():
         gap = difference(answer, loaded[what])
-        if not gap <= TOLERANCE[dtype]:
+        if not gap <= TOLERANCE[denoiser.dtype]:
             wrong.append(f"the {what} differs by {gap:.1e} of its norm")
     if wrong:
         raise Failure("the adapter does not load back as it was written:", listed(wrong))
@@ -148,7 +148,7 @@ def _peft_fields(family: Family) -> dict[str, Any]:
     return fields
 
 
-def _part_fields(module: nn.Module, carrying: Mapping[str, LoraLayer]) -> dict[str, Any]:
+def _part_fields(module: Any, carrying: Mapping[str, LoraLayer]) -> dict[str, Any]:
     """Layers are named without `text_model.`: PEFT compares the ends of names, so they fit with and without it."""
     config = module.peft_config[NAME]
     ranks = {name.removeprefix(naming.LEVEL): layer.r[NAME] for name, layer in carrying.items()}
@@ -166,7 +166,7 @@ def _part_fields(module: nn.Module, carrying: Mapping[str, LoraLayer]) -> dict[s
     }
 
 
-def _targets(module: nn.Module, carrying: set[str]) -> list[str]:
+def _targets(module: Any, carrying: set[str]) -> list[str]:
     """The ends of names that the adapter was made with, if they still mean these layers, else all their names."""
     ends = module.peft_config[NAME].target_modules
     if not isinstance(ends, str):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ ROUNDING = {torch.float32: 2**-22, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 def prediction(family: Family) -> Tensor:
     """The denoiser's answer to keyed noise under keyed conditions, (1, C, h, w), float32 on the CPU."""
-    denoiser = families.denoiser(family)
+    denoiser: Any = families.denoiser(family)
     conditions: Conditions = {
         name: keys.normal((1, *shape), 0, "verify", name).to(denoiser.device)
         for name, shape in family.condition_shapes().items()

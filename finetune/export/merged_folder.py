@@ -55,7 +55,8 @@ def verify_merged(family: Family, folder: Path) -> None:
     One part is loaded at a time, the others are lent to the pipeline: no second whole model is in memory. Raises
     Failure that lists what differs.
     """
-    parts, wrong = families.modules(family), []
+    parts: dict[str, Any] = {**families.modules(family)}
+    wrong: list[str] = []
     live = {family.denoiser_name: prediction(family)} | dict.fromkeys(families.text_encoders(family), encoding(family))
     for name, module in parts.items():
         dtype = _dtype(folder / name)
@@ -81,6 +82,7 @@ def verify_merged(family: Family, folder: Path) -> None:
 def _write(family: Family, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True)
     pipeline = family.pipeline
+    part: Any
     for name, part in pipeline.components.items():
         if isinstance(part, ModelMixin):
             part.save_config(folder / name)
@@ -89,7 +91,8 @@ def _write(family: Family, folder: Path, dtype: torch.dtype) -> None:
             _save_text_config(part, folder / name, dtype)
             stream.write(folder / name / "model.safetensors", dict(_entries(part, dtype)))
         elif isinstance(part, nn.Module):
-            copy.deepcopy(part).to(dtype).save_pretrained(folder / name)
+            alone: Any = copy.deepcopy(part)
+            alone.to(dtype).save_pretrained(folder / name)
         elif hasattr(part, "save_pretrained"):
             part.save_pretrained(folder / name)
     pipeline.save_config(folder)
