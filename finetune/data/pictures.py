@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageColor, ImageFile, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageCms, ImageColor, ImageFile, UnidentifiedImageError, features
 
 from finetune.errors import Fault
 
@@ -31,6 +31,12 @@ MAX_PIXELS = 89_478_485
 """Larger pictures are refused: 268 MB decoded, the size from which Pillow warns. It would raise at the double only."""
 
 ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What makes a picture of each EXIF orientation upright"""
 NEEDS = {
     "HEIC": ("HEIF", "pillow-heif"),
     "JPEG XL": ("JXL", "pillow-jxl-plugin"),
@@ -78,9 +84,8 @@ def decode(path: Path, background: str = "white") -> tuple[Image.Image, Facts]:
         _check_file(path)
         with _pillow() as notes, Image.open(path, formats=_formats()) as opened:
             _check_kind(opened)
-            opened.load()
-            profile = opened.info.get("icc_profile")
             upright, turned = _upright(opened, notes)
+            profile = opened.info.get("icc_profile")
             colours, alpha = _colours_and_alpha(upright)
             picture = _to_srgb(colours, profile, notes)
     except Exception as error:  # decoders of foreign bytes raise anything: whatever it is, it is this file's fault
@@ -159,13 +164,21 @@ def _check_kind(opened: Image.Image) -> None:
 
 
 def _upright(opened: Image.Image, notes: list[str]) -> tuple[Image.Image, bool]:
-    """The picture turned as its EXIF orientation says, and whether that was needed."""
+    """The picture, decoded and turned as its EXIF orientation says, and whether that was needed."""
+    before = _orientation(opened, notes)
+    opened.load()
+    left = _orientation(opened, notes)  # none for a TIFF: Pillow turns it while it loads
+    return (opened.transpose(TURNS[left]) if left else opened.copy()), before is not None
+
+
+def _orientation(opened: Image.Image, notes: list[str]) -> int | None:
+    """The EXIF orientation, None when the picture is upright."""
     try:
-        turned = opened.getexif().get(ORIENTATION, 1) in range(2, 9)
-        return (ImageOps.exif_transpose(opened), True) if turned else (opened.copy(), False)
+        value = opened.getexif().get(ORIENTATION)
     except Exception as error:  # a broken EXIF block raises as many things as a broken picture
         notes.append(f"its EXIF data cannot be read ({_first_line(error)}): taken as upright")
-        return opened.copy(), False
+        return None
+    return value if value in TURNS else None
 
 
 def _colours_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
