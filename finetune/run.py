@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from finetune import config as configuration
 from finetune import data, families, optim
@@ -26,6 +27,7 @@ from finetune.loop import Report
 from finetune.settings import Optim, Output, Train
 
 Item = TypeVar("Item")
+LOGS = "logs"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,7 +65,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "settings.toml").write_text(configuration.dumps(self.config), encoding="utf-8")
         if self.tracker != "none":
-            self.accelerator.init_trackers("finetune")
+            self.accelerator.init_trackers(LOGS)
         self.console.print(self._summary(family, groups, subjects, companions))
 
     def track(self, items: Sequence[Item], what: str) -> Iterator[Item]:
@@ -82,12 +84,13 @@ class Run:
                 yield report.step
         self.accelerator.end_training()
 
-    def finish(self, result: Path, usage: str) -> None:
-        """Say what was written and how it is used."""
+    def finish(self, usage: str) -> None:
+        """Say what was written, and the command that uses it."""
         table = Table.grid(padding=(0, 2))
-        for file in sorted(path for path in self.folder.rglob("*") if path.is_file() and "logs" not in path.parts):
-            table.add_row(f"{file.relative_to(self.folder)}", _bytes(file.stat().st_size))
-        self.console.print(f"\n[bold]{self.folder}[/bold]", table, f"\nUse {result.name}:\n  {usage}", soft_wrap=True)
+        for file in sorted(path for path in self.folder.rglob("*") if path.is_file() and LOGS not in path.parts):
+            table.add_row(Text(str(file.relative_to(self.folder)), overflow="fold"), _bytes(file.stat().st_size))
+        self.console.print(Text(f"\nWritten to {self.folder}, loaded back and found equal:", overflow="fold"), table)
+        self.console.print(Text(f"\nUse it:\n  {usage}"), soft_wrap=True)
 
     def _log(self, log: Any, report: Report) -> None:
         if self.accelerator.is_main_process:
@@ -117,10 +120,10 @@ class Run:
             "steps": f"{train.steps} of {batch} pictures: {train.steps * batch / len(subjects):.1f} epochs",
             "with": f"{optim.resolve(self.optim.optimizer, self.device)}, {train.precision}, {self.device}, "
             f"{self.accelerator.num_processes} process(es), seed {train.seed}",
-            "output": str(self.folder),
+            "output": str(self.folder.absolute()),
         }
         for name, value in rows.items():
-            table.add_row(f"[bold]{name}[/bold]", value)
+            table.add_row(f"[bold]{name}[/bold]", Text(value, overflow="fold"))
         return table
 
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from finetune import weights
 from finetune.errors import Fault
+from finetune.quiet import quiet
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 EMBEDDED = "toybox"
@@ -80,16 +81,18 @@ class Source:
         Only safetensors are read, each checked first; remote code is never run; weights must be finite.
         """
         components = dict(components or {})
-        pipeline = self._load(dtype, components)
+        with quiet():
+            pipeline = self._load(dtype, components)
         pipeline.set_progress_bar_config(disable=True)
         loaded = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
         weights.check_finite({name: part for name, part in loaded.items() if name not in components})
         return pipeline
 
     def identity(self) -> str:
-        """A name for exactly these weights: from the files' headers, sizes and times on disk, or the hub's commit."""
+        """A name for exactly this model: the content of its weights, configuration and tokenizer, or the hub's commit."""
         if self.folder is not None:
-            return _hash(sorted(self.folder.rglob("*.safetensors")), self.folder)
+            files = [path for path in self.folder.rglob("*") if path.suffix in (".safetensors", ".json", ".txt")]
+            return _hash(sorted(files), self.folder)
         if self.file is not None:
             return _hash([self.file], self.file.parent)
         from huggingface_hub import model_info

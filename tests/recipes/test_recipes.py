@@ -1,0 +1,203 @@
+"""The recipes through the command line: every family x recipe x precision trains, exports and loads back."""
+
+from __future__ import annotations
+
+import gc
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPTextModel
+
+from finetune import cli, families, loop
+from finetune.data import read_plain
+from finetune.data.encoding import encode
+from finetune.data.order import Order
+from finetune.families import Source
+
+KINDS = ["sd", "sd-v", "sdxl"]
+FLAGS = {"lora": ["--rank", "4", "--alpha", "8", "--lr", "5e-2"], "dreambooth": ["--lr", "2e-3"]}
+VAE_FILE = "diffusion_pytorch_model.safetensors"
+PROMPT = "a photo of sks dog"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three plain pictures of different shapes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, (size, colour) in enumerate([((80, 64), "red"), ((64, 64), "orange"), ((64, 100), "brown")]):
+        Image.new("RGB", size, colour).save(folder / f"{number}.png")
+    return folder
+
+
+def train(recipe: str, model: Path, pictures: Path, output: Path, *flags: str) -> Path:
+    """Run a recipe as a user does; the run's folder."""
+    prior = ["--class-prompt", "a photo of a dog", "--class-images", "2", "--class-steps", "2"]
+    given = ["--model", str(model), "--data", str(pictures), "--prompt", PROMPT, "--output", str(output), *prior]
+    cli.main(["train", recipe, *given, "--tracker", "none", *FLAGS[recipe], *flags])
+    return output
+
+
+def log(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def loss_on(pipeline: DiffusionPipeline, pictures: Path) -> float:
+    """Loss of a pipeline on the training pictures, always with the same noise and timesteps."""
+    family = families.wrap(pipeline)
+    families.freeze(family)
+    data = encode(family, read_plain(pictures, PROMPT), [], 64, "white")
+    batch = loop.Batches(data, Order(3, 0, batch=30, seed=99), 1000, torch.device("cpu")).make(0, 0, 1)
+    with torch.no_grad():
+        return float(loop.PictureLoss(family, data.conditions, None)(batch).mean())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recipe", ["lora", "dreambooth"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_trains_with_every_recipe(
+    kind: str, recipe: str, precision: str, tiny_models: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    """The recipe compares each file with the live model itself; here plain diffusers loads it and finds it better."""
+    flags = ("--steps", "24", "--batch-size", "3", "--precision", precision)
+    run = train(recipe, tiny_models[kind], pictures, tmp_path / "run", *flags)
+    assert [entry["step"] for entry in log(run)] == list(range(1, 25))
+    base = DiffusionPipeline.from_pretrained(tiny_models[kind])
+    before = loss_on(base, pictures)
+    if recipe == "lora":
+        tuned = DiffusionPipeline.from_pretrained(tiny_models[kind])
+        tuned.load_lora_weights(run / "adapter.safetensors")
+        assert (tuned.unet.peft_config["default_0"].r, tuned.unet.peft_config["default_0"].lora_alpha) == (4, 8)
+    else:
+        tuned = DiffusionPipeline.from_pretrained(run / "model", dtype=torch.float32)
+    assert loss_on(tuned, pictures) < 0.99 * before
+    settings = tomllib.loads((run / "settings.toml").read_text())
+    assert settings["train"]["precision"] == precision
+
+
+def test_two_runs_write_the_same_bytes(tiny_models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    files = []
+    for name in ("one", "two"):
+        run = train("lora", tiny_models["sd"], pictures, tmp_path / name, "--steps", "4", "--dropout", "0.3")
+        files.append((run / "adapter.safetensors").read_bytes())
+        torch.randn(7)  # what else a process draws has no part in it
+    assert files[0] == files[1]
+    other = train("lora", tiny_models["sd"], pictures, tmp_path / "three", "--steps", "4", "--seed", "1")
+    assert (other / "adapter.safetensors").read_bytes() != files[0]
+
+
+def test_the_settings_of_a_run_run_it_again(tiny_models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    run = train("lora", tiny_models["sd"], pictures, tmp_path / "one", "--steps", "3", "--text-encoder-lr", "1e-3")
+    again = tmp_path / "again"
+    cli.main(["train", "--config", str(run / "settings.toml"), "--output", str(again)])
+    assert (again / "adapter.safetensors").read_bytes() == (run / "adapter.safetensors").read_bytes()
+    names = set(load_file(again / "adapter.safetensors"))
+    assert any(name.startswith("text_encoder.text_model.") for name in names)
+
+
+def test_the_vae_and_the_text_encoder_are_out_of_memory_while_training(
+    tiny_models: dict[str, Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples in between bring them back; they go again."""
+    alive: list[int] = []
+    gc.collect()
+    before = sum(isinstance(thing, AutoencoderKL | CLIPTextModel) for thing in gc.get_objects())
+    step = loop._accumulate
+
+    def watched(*given: object) -> float:
+        gc.collect()
+        alive.append(sum(isinstance(thing, AutoencoderKL | CLIPTextModel) for thing in gc.get_objects()) - before)
+        return step(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "_accumulate", watched)
+    flags = ("--steps", "4", "--sample-every", "2", "--sample-steps", "2")
+    run = train("lora", tiny_models["sd"], pictures, tmp_path / "run", *flags)
+    assert alive == [0, 0, 0, 0]
+    assert sorted(file.name for file in (run / "samples").iterdir()) == ["step-000002-0.png", "step-000004-0.png"]
+
+
+@pytest.mark.parametrize(("recipe", "saved"), [("lora", "adapter-000002.safetensors"), ("dreambooth", "model-000002")])
+def test_saving_on_the_way_changes_nothing(
+    recipe: str, saved: str, tiny_models: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    watched = train(
+        recipe, tiny_models["sd"], pictures, tmp_path / "a",
+        "--steps", "4", "--save-every", "2", "--sample-every", "3", "--sample-steps", "1",
+    )  # fmt: skip
+    plain = train(recipe, tiny_models["sd"], pictures, tmp_path / "b", "--steps", "4")
+    assert (watched / saved).exists()
+    assert [entry["loss"] for entry in log(watched)] == [entry["loss"] for entry in log(plain)]
+
+
+def test_dreambooth_with_an_8_bit_optimizer_on_the_cpu(
+    tiny_models: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    flags = ("--steps", "12", "--batch-size", "3", "--optimizer", "adamw8bit", "--accumulation", "2")
+    run = train("dreambooth", tiny_models["sd"], pictures, tmp_path / "run", *flags)
+    before = loss_on(DiffusionPipeline.from_pretrained(tiny_models["sd"]), pictures)
+    tuned = DiffusionPipeline.from_pretrained(run / "model")
+    frozen, kept = (load_file(root / "vae" / VAE_FILE) for root in (tiny_models["sd"], run / "model"))
+    assert all(torch.equal(value, kept[name]) for name, value in frozen.items())
+    assert loss_on(tuned, pictures) < 0.95 * before
+
+
+def test_the_summary_says_what_is_going_to_happen(
+    tiny_models: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train("lora", tiny_models["sd"], pictures, tmp_path / "run", "--steps", "3", "--batch-size", "2")
+    said = " ".join(capsys.readouterr().out.split())
+    for part in ("unet", "text_encoder", "3 pictures", "3 of 2 pictures: 2.0 epochs", "adamw, fp32, cpu", "seed 0"):
+        assert part in said
+    assert "finetune generate" in said
+    assert str(run / "adapter.safetensors") in said.replace(" ", "") or "adapter.safetensors" in said
+
+
+def test_an_output_folder_that_is_in_use_is_left_alone(
+    tiny_models: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        train("lora", tiny_models["sd"], pictures, tmp_path / "run")
+    assert stop.value.code == 2
+    assert "--output" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["precious.txt"]
+
+
+def test_fp16_is_refused_without_a_gpu(
+    tiny_models: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        train("lora", tiny_models["sd"], pictures, tmp_path / "run", "--precision", "fp16")
+    assert "needs a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_the_curves(tiny_models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    run = train("lora", tiny_models["sd"], pictures, tmp_path / "run", "--steps", "2", "--tracker", "tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next(path.parent for path in run.rglob("events.out*"))))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    assert events.Scalars("loss")[0].value == pytest.approx(log(run)[0]["loss"])
+
+
+def test_an_engine_that_was_made_before_does_not_matter(
+    tiny_models: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    Accelerator(cpu=True)
+    run = train("lora", tiny_models["sd"], pictures, tmp_path / "run", "--steps", "1", "--precision", "bf16")
+    assert len(log(run)) == 1
+
+
+def test_sources_are_told_apart(tiny_models: dict[str, Path]) -> None:
+    assert len({Source(str(tiny_models[kind])).identity() for kind in KINDS}) == len(KINDS)
