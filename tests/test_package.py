@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -63,28 +65,30 @@ def test_the_folder_of_data_sets_never_shadows_the_library() -> None:
 
 def test_the_wheel_holds_all_that_is_needed(tmp_path: Path) -> None:
     """Built from a copy, as building leaves folders behind."""
-    import shutil
-    import zipfile
-
-    for name in ("finetune", "recipes", "datasets", "pyproject.toml", "README.md", "LICENSE"):
-        source, ignored = ROOT / name, shutil.ignore_patterns("__pycache__")
-        if source.is_dir():
-            shutil.copytree(source, tmp_path / name, ignore=ignored)
-        else:
-            shutil.copy(source, tmp_path / name)
+    for name in ("finetune", "recipes", "datasets"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
     build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
     done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=True)
     held = {*zipfile.ZipFile(tmp_path / done.stdout.split()[-1]).namelist()}
-    for folder, place in {
-        "finetune": "finetune",
-        "recipes": "finetune/recipes",
-        "datasets": "finetune/shipped_datasets",
-    }.items():
-        tracked = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=True)
-        for file in tracked.stdout.splitlines():
-            if (ROOT / file).is_file():
-                assert f"{place}{file.removeprefix(folder)}" in held
+    places = {"finetune": "finetune", "recipes": "finetune/recipes", "datasets": "finetune/shipped_datasets"}
+    for folder, place in places.items():
+        files = [path.relative_to(tmp_path / folder) for path in (tmp_path / folder).rglob("*") if path.is_file()]
+        assert {f"{place}/{file}" for file in files} <= held
     assert {name.partition("/")[0] for name in held} == {"finetune", f"finetune_kit-{ft.__version__}.dist-info"}
+
+
+def test_the_readme_and_ci_run_the_same_two_commands() -> None:
+    """CI takes its lines from the README with these two calls of grep; each must find exactly one."""
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    patterns = re.findall(r"grep -m1 '(.+)' README.md", ci)
+    found = [[line for line in readme.splitlines() if re.search(pattern, line)] for pattern in patterns]
+    assert len(found) == 2 and all(len(lines) == 1 for lines in found)
+    for (line,) in found:
+        assert line.startswith("python3 -m venv .venv && .venv/bin/pip install -c constraints.txt ")
+    assert found[0][0].endswith(" . && .venv/bin/finetune demo")
+    assert found[1][0].endswith(" -e '.[test]' && .venv/bin/python -m pytest")
 
 
 def test_constraints_pin_every_requirement_exactly() -> None:
