@@ -40,6 +40,20 @@ def check_file(path: Path) -> None:
     _header(path)
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a diffusers folder in which a part's weights are missing, pickled or broken. Nothing is loaded.
+
+    The parts are those that its `model_index.json` names. Raises one Fault that lists all that is wrong.
+    """
+    problems = [problem for part in _parts(folder) for problem in _check_part(part)]
+    if problems:
+        raise Fault(
+            f"{folder}: not all of its weights can be read. Only {SUFFIX} files are: pickles can run code when they "
+            "are loaded. Save the model with safetensors, or download what is missing or broken again.",
+            problems,
+        )
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts in the header, empty when there are none. The file is checked first."""
     return _header(path)[1]
@@ -85,6 +99,47 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     except OSError as error:
         size = sum(map(len, parts))
         raise Failure(f"{path}: cannot be written ({error.strerror}); {size / 1e6:.1f} MB are needed there.") from error
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The sub-folders of the pipeline's parts; of a single model, the folder itself."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        names = [name for name, kind in index.items() if isinstance(kind, list) and kind and kind[0]]
+    except OSError:
+        return [folder]
+    except (ValueError, AttributeError) as error:
+        raise Fault(f"{folder / 'model_index.json'}: cannot be read as a pipeline's index ({error}).") from error
+    return [folder / name for name in names if (folder / name).is_dir()]
+
+
+def _check_part(part: Path) -> list[str]:
+    """What is wrong with one part's weights. A part without `config.json` (tokenizer, scheduler) needs none."""
+    files = sorted(part.glob(f"*{SUFFIX}"))
+    pickles = [path for path in sorted(part.iterdir()) if path.suffix.lower() in PICKLES]
+    problems = []
+    if not files and pickles:
+        problems = [f"{path}: a pickle, and no {SUFFIX} file beside it" for path in pickles]
+    elif not files and (part / "config.json").is_file():
+        problems = [f"{part}: no weights there"]
+    for index in sorted(part.glob(f"*{SUFFIX}.index.json")):
+        problems += _missing_shards(index)
+    for file in files:
+        try:
+            check_file(file)
+        except Fault as error:
+            problems.append(error.message)
+    return problems
+
+
+def _missing_shards(index: Path) -> list[str]:
+    """The files of a model saved in several that its index names and that are not there."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{index}: cannot be read as an index of weights ({_one_line(error)})"]
+    return [f"{index.parent / name}: not there, though {index.name} names it" for name in sorted(names)
+            if not (index.parent / name).is_file()]  # fmt: skip
 
 
 def _header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -105,7 +106,7 @@ BROKEN = {
     "not UTF-8": b'{"\xff": 1}',
     "no table": b"[]",
     "nested beyond all measure": b"[" * 100_000,
-    "a name twice": b'{"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}',
+    "a name twice": b'{"a":1,"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
     "unknown type": {"a": entry(dtype="OBJECT")},
     "type unhashable": {"a": {"dtype": [], "shape": [2], "data_offsets": [0, 8]}},
     "no place": {"a": {"dtype": "F32", "shape": [2]}},
@@ -273,3 +274,52 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(good: Path, monkeypat
         weights.save_tensors(good, {"a": torch.ones(3)})
     assert good.read_bytes() == before
     assert [path.name for path in good.parent.iterdir() if path.suffix == ".part"] == []
+
+
+# --- a whole model folder ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_models: dict[str, Path]) -> Path:
+    return shutil.copytree(tiny_models["sd"], tmp_path / "model")
+
+
+def test_whole_models_pass(tiny_models: dict[str, Path], model: Path) -> None:
+    for folder in tiny_models.values():
+        weights.check_folder(folder)
+    weights.check_folder(model / "unet")
+    (model / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle beside safetensors is never opened")
+    (model / "checkpoint-500").mkdir()
+    (model / "checkpoint-500" / "optimizer.bin").write_bytes(b"what is no part of the pipeline is not looked at")
+    weights.check_folder(model)
+
+
+def test_all_that_is_wrong_with_a_model_is_listed(model: Path) -> None:
+    unet = model / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.rename(unet.with_suffix(".bin"))
+    vae = model / "vae" / "diffusion_pytorch_model.safetensors"
+    vae.write_bytes(vae.read_bytes()[:-1])
+    (model / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(Fault, match="pickles can run code when they are loaded") as caught:
+        weights.check_folder(model)
+    text_problem, unet_problem, vae_problem = caught.value.details
+    assert vae_problem.startswith(f"{vae}: not a whole safetensors file: it is cut short: 1 of")
+    assert text_problem == f"{model / 'text_encoder'}: no weights there"
+    assert unet_problem == f"{unet.with_suffix('.bin')}: a pickle, and no .safetensors file beside it"
+
+
+def test_missing_shards_are_named(model: Path) -> None:
+    index = model / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": "b.safetensors"}}))
+    with pytest.raises(Fault) as caught:
+        weights.check_folder(model)
+    assert caught.value.details == [f"{index.parent / 'b.safetensors'}: not there, though {index.name} names it"]
+    index.write_text("{}")
+    with pytest.raises(Fault, match="cannot be read as an index of weights"):
+        weights.check_folder(model)
+
+
+def test_an_index_of_the_pipeline_that_is_no_json(model: Path) -> None:
+    (model / "model_index.json").write_text("<html>")
+    with pytest.raises(Fault, match="cannot be read as a pipeline's index"):
+        weights.check_folder(model)
