@@ -32,7 +32,7 @@ def describe(examples: Sequence[Example], resolution: int | None = None) -> list
 def _sizes(found: dict[Path, Facts]) -> str:
     sizes = sorted({(facts.width * facts.height, facts.width, facts.height) for facts in found.values()})
     ends = [f"{width} x {height}" for _, width, height in (sizes[0], sizes[-1])] if sizes else []
-    return f"{len(found)} pictures" + (f" of {' to '.join(dict.fromkeys(ends))} pixels" if ends else "")
+    return _count(len(found), "picture") + (f" of {' to '.join(dict.fromkeys(ends))} pixels" if ends else "")
 
 
 def _placement(placed: dict[Path, Geometry]) -> list[str]:
@@ -48,7 +48,7 @@ def _captions(examples: Sequence[Example]) -> list[str]:
     """How many captions come from files; which pictures take the prompt where others do not."""
     own = [one for one in examples if one.own_caption and not one.flip]
     rest = [one for one in examples if not one.own_caption and not one.flip]
-    lines = [f"{len(own)} captions from files"] if own else []
+    lines = [_count(len(own), "caption") + (" from a file" if len(own) == 1 else " from files")] if own else []
     for prompt in dict.fromkeys(one.caption for one in rest):
         what = [one.path for one in rest if one.caption == prompt]
         lines += _named(f'"{prompt}" for those without', what) if own else [f'"{prompt}" for {len(what)}']
@@ -65,6 +65,10 @@ def _left_alone(found: Collection[Path]) -> list[str]:
         lines += _named("other files, left alone", [*listing.others, *unused])
         lines += _named("sub-folders, not entered", listing.folders)
     return lines
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number != 1 else "")
 
 
 def _named(what: str, paths: Sequence[Path], most: int = 6) -> list[str]:

@@ -29,7 +29,7 @@ def test_everything_done_to_the_pictures_is_counted_and_named(tmp_path: Path) ->
         "the centre crop keeps 67% to 100% of each picture",
         "turned upright by their EXIF data: 1 (a.jpg)",
         "transparent, put on the background: 1 (b.png)",
-        "1 captions from files",
+        "1 caption from a file",
         '"sks" for those without: 2 (a.jpg, b.png)',
         "left out by --skip: 1 (d.png)",
         "other files, left alone: 2 (notes.md, README.txt)",
