@@ -113,9 +113,7 @@ class Canvas:
         """An open line, `width` in 1/64 of the picture: whiskers, masts, antennae."""
         self._line(self.pixels(points), colour, width)
 
-    def patterned(
-        self, points: Sequence[Point], colour: RGB, pattern: Sequence[Sequence[Point]], second: RGB
-    ) -> None:
+    def patterned(self, points: Sequence[Point], colour: RGB, pattern: Sequence[Sequence[Point]], second: RGB) -> None:
         """A closed shape whose inside carries other shapes, cut off at its edge."""
         placed = self.pixels(points)
         mask = Image.new("L", self.image.size, 0)

@@ -69,7 +69,7 @@ def run(stage: Stage) -> nn.Module:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     saved = started = time.monotonic()
     first = step
-    sums: dict[str, float] = {}
+    recent: list[dict[str, float]] = []
     while step < stage.steps:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate(step, stage.steps)
@@ -80,12 +80,11 @@ def run(stage: Stage) -> nn.Module:
         optimizer.step()
         step += 1
         _move(average, stage.model, min(stage.average, (1 + step) / (10 + step)))
-        for name, value in {"loss": float(loss.detach()), "norm": float(norm), **figures}.items():
-            sums[name] = sums.get(name, 0.0) + value
+        recent.append({"loss": float(loss.detach()), "norm": float(norm), **figures})
         if step % stage.log_every == 0:
             seconds = (time.monotonic() - started) / (step - first)
-            _log(stage, step, {name: value / stage.log_every for name, value in sums.items()}, seconds)
-            sums = {}
+            _log(stage, step, {name: sum(f[name] for f in recent) / len(recent) for name in recent[0]}, seconds)
+            recent = []
         if step == stage.steps or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
             write(path, {"model": stage.model.state_dict(), "optimizer": optimizer.state_dict(),
                          "average": average, "step": step})  # fmt: skip

@@ -30,6 +30,8 @@ class Config:
     """Peak learning rate of the autoencoder."""
     vae_kl: float = 3e-4
     """Weight of the latents' divergence from the unit Gaussian."""
+    decoder_pictures: int = 32_000
+    """Training pictures that the decoder sees alone afterwards. More of them spoil nothing."""
     judge_pictures: int = 128_000
     """Captioned pictures that the judge and the text encoder see (and as many views of things)."""
     judge_batch: int = 128
@@ -62,13 +64,14 @@ def main(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = config.weights or folder / "export"
     autoencoder = vae.train(config, folder)
+    decoding = vae.train_decoder(config, folder, autoencoder)
     contrast = judge_training.train(config, folder, autoencoder)
     judge, tokenizer = Judge(contrast.judge), text.new_tokenizer()
 
     def export(unet, encoder) -> None:
-        pack.export(weights, unet, encoder, autoencoder, tokenizer, judge)
+        pack.export(weights, unet, encoder, decoding, tokenizer, judge)
 
-    trained = noise.train(config, folder, autoencoder, contrast.encoder, judge, export)
+    trained = noise.train(config, folder, decoding, contrast.encoder, judge, export)
     export(trained["unet"], trained["encoder"])
 
 

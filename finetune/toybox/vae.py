@@ -7,12 +7,14 @@ picture's differences between neighbours (edges) and of its low-resolution colou
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -121,10 +123,42 @@ def train(config: Config, folder: Path) -> AutoencoderKL:
     return trained
 
 
-def as_pictures(batch: Tensor) -> list:
-    """(B, 3, H, W) in -1..1 -> Pillow pictures."""
-    from PIL import Image
+def train_decoder(config: Config, folder: Path, vae: AutoencoderKL) -> AutoencoderKL:
+    """The stage after: only the decoder goes on, so that latents, and all that learns from them, stay as they are."""
+    mixture = Mixture(folder, config)
+    held_out = as_tensor(np.stack([pictures.draw_world(config.seed + 1, i) for i in range(64)]))
+    vae = copy.deepcopy(vae).requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
 
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        batch = mixture.at(step + config.vae_pictures)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(batch).latent_dist.mode()
+            output = vae.decode(latents).sample.float()
+        return reconstruction_loss(output, batch), {"psnr": psnr(output.detach(), batch)}
+
+    def show(model: nn.Module, step: int) -> None:
+        print(f"decoder {step}: {psnr(reconstruct(model, held_out), held_out):.2f} dB on held-out pictures", flush=True)
+
+    stage = stages.Stage(
+        name="decoder",
+        folder=folder,
+        model=vae,
+        groups=[(vae.decoder, config.vae_lr / 2), (vae.post_quant_conv, config.vae_lr / 2)],
+        steps=config.decoder_pictures // config.vae_batch,
+        loss=loss,
+        average=0.998,
+        show=show,
+    )
+    trained = stages.run(stage)
+    assert isinstance(trained, AutoencoderKL)
+    return trained
+
+
+def as_pictures(batch: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in -1..1 -> Pillow pictures."""
     array = batch.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(picture) for picture in array]
 
