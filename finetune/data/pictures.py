@@ -165,10 +165,10 @@ def _check_kind(opened: Image.Image) -> None:
 
 def _upright(opened: Image.Image, notes: list[str]) -> tuple[Image.Image, bool]:
     """The picture, decoded and turned as its EXIF orientation says, and whether that was needed."""
-    before = _orientation(opened, notes)
+    before = _orientation(opened, notes) or opened.info.get("original_orientation", 1)  # pillow-heif turns on its own
     opened.load()
     left = _orientation(opened, notes)  # none for a TIFF: Pillow turns it while it loads
-    return (opened.transpose(TURNS[left]) if left else opened.copy()), before is not None
+    return (opened.transpose(TURNS[left]) if left else opened.copy()), before in TURNS
 
 
 def _orientation(opened: Image.Image, notes: list[str]) -> int | None:

@@ -382,6 +382,15 @@ def test_plug_ins_are_used_where_they_are_installed(monkeypatch: pytest.MonkeyPa
     assert registered == ["heif"]
 
 
+def test_a_phone_s_heic_is_upright_where_the_plug_in_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    pictures._formats.cache_clear()
+    path = saved(tmp_path / "a.heic", photo().transpose(Image.Transpose.ROTATE_90), exif=_exif(6).tobytes(), quality=95)
+    picture, facts = decode(path)
+    assert facts == Facts(32, 48, turned=True, transparent=False)
+    assert np.abs(np.asarray(picture, dtype=int) - np.asarray(photo(), dtype=int)).mean() < 8
+
+
 def test_nothing_of_the_metadata_goes_further(tmp_path: Path) -> None:
     exif = _exif(1)
     exif[0x010F] = "SecretCam"
