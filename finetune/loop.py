@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -137,7 +138,7 @@ def fit(
     parameters = [p for group in groups for p in group.parameters]
     model.train()
     for step in range(train.steps):
-        start, lr = time.perf_counter(), scheduler.get_last_lr()[0]
+        start, lr = time.perf_counter(), float(scheduler.get_last_lr()[0])
         loss = _accumulate(model, batches, step, train, accelerator)
         norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
         _require_finite(loss, norm, step, batches, accelerator)
@@ -176,6 +177,8 @@ def _require_finite(loss: float, norm: float, step: int, batches: Batches, accel
 
 def _checkpoint_activations(family: Family) -> None:
     """Keep only block inputs and recompute the rest in the backward pass (Chen et al. 2016, 1604.06174)."""
-    families.denoiser(family).enable_gradient_checkpointing()
-    for encoder in families.text_encoders(family).values():
+    denoiser: Any = families.denoiser(family)
+    denoiser.enable_gradient_checkpointing()
+    encoders: list[Any] = list(families.text_encoders(family).values())
+    for encoder in encoders:
         encoder.gradient_checkpointing_enable()

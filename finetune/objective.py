@@ -19,6 +19,11 @@ class Objective(Protocol):
     """What a denoiser was trained to do: how latents are noised, and what it must predict from them."""
 
     @property
+    def prediction(self) -> str:
+        """The name of what is predicted."""
+        ...
+
+    @property
     def timesteps(self) -> int:
         """T, the number of training timesteps."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Run:
-    """Made first, so that a wrong folder or precision is said before a model is loaded. Writes nothing until `begin`."""
+    """Made first: a wrong folder or precision is said before a model is loaded. Writes nothing until `begin`."""
 
     def __init__(self, config: Any, output: Output, train: Train, optim: Optim) -> None:
         """`config` is the recipe's whole configuration, kept with the run. Raises Fault when it cannot run as asked."""
@@ -48,7 +49,12 @@ class Run:
             log_with=None if self.tracker == "none" else self.tracker,
             project_dir=self.folder,
         )
-        self.console = Console(quiet=not self.accelerator.is_main_process)
+        self.console = Console(quiet=not self.leads)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes, the only one of a single-process run."""
+        return self.accelerator.is_main_process
 
     @property
     def device(self) -> torch.device:
@@ -59,9 +65,11 @@ class Run:
         """Precision of the weights that do not train."""
         return DTYPES[self.train.precision]
 
-    def begin(self, family: Family, groups: Sequence[Group], subjects: Sequence[Example], companions: Sequence[Example]) -> None:
+    def begin(
+        self, family: Family, groups: Sequence[Group], subjects: Sequence[Example], companions: Sequence[Example]
+    ) -> None:
         """Make the folder, keep the settings in it, and say what is going to happen."""
-        if self.accelerator.is_main_process:
+        if self.leads:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "settings.toml").write_text(configuration.dumps(self.config), encoding="utf-8")
         if self.tracker != "none":
@@ -75,13 +83,18 @@ class Run:
 
     def steps(self, reports: Iterable[Report]) -> Iterator[int]:
         """Go through the training steps: the bar, `log.jsonl` and the tracker. Yields the number of steps done."""
-        with self._progress("{task.fields[state]}") as progress, (self.folder / "log.jsonl").open("a") as log:
+        file = self.folder / "log.jsonl" if self.leads else os.devnull
+        with self._progress("{task.fields[state]}") as progress, open(file, "a", encoding="utf-8") as log:
             task = progress.add_task("train", total=self.train.steps, state="")
             for report in reports:
                 state = f"loss {report.loss:.4f}  lr {report.lr:.2e}  {report.seconds:.2f} s/step"
                 progress.update(task, completed=report.step, state=state)
-                self._log(log, report)
+                log.write(json.dumps({**vars(report), "time": time.time()}) + "\n")
+                log.flush()
+                curves = {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr}
+                self.accelerator.log(curves, step=report.step)
                 yield report.step
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
     def finish(self, usage: str) -> None:
@@ -91,12 +104,6 @@ class Run:
             table.add_row(Text(str(file.relative_to(self.folder)), overflow="fold"), _bytes(file.stat().st_size))
         self.console.print(Text(f"\nWritten to {self.folder}, loaded back and found equal:", overflow="fold"), table)
         self.console.print(Text(f"\nUse it:\n  {usage}"), soft_wrap=True)
-
-    def _log(self, log: Any, report: Report) -> None:
-        if self.accelerator.is_main_process:
-            log.write(json.dumps({**vars(report), "time": time.time()}) + "\n")
-            log.flush()
-        self.accelerator.log({"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr}, step=report.step)
 
     def _progress(self, *extra: str) -> Progress:
         columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()]
@@ -134,7 +141,7 @@ def due(step: int, every: int) -> bool:
 
 def _require_new(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Fault(f"{folder}: there is something there already. A run never writes over another: name a new --output.")
+        raise Fault(f"{folder}: there is something there already. A run writes over nothing: name a new --output.")
 
 
 def _require_tracker(tracker: str) -> None:

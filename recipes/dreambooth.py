@@ -41,7 +41,7 @@ def main(config: Config) -> None:
     groups = ft.adapters.full(family, config.optim.lr, config.optim.text_encoder_lr)
     run.begin(family, groups, subjects, companions)
 
-    # Latents and conditions, computed once; the VAE then leaves the memory, and so do the text encoders unless they train.
+    # Latents and conditions, computed once. The VAE then leaves the memory, and the text encoders unless they train.
     encodings = ft.encode(family, subjects, companions, resolution, config.data.background, run.track)
 
     def save(name: str) -> str:
@@ -51,12 +51,13 @@ def main(config: Config) -> None:
 
     prompts = config.samples.sample_prompts or (subjects[0].caption,)
     for step in run.steps(ft.fit(family, groups, encodings, config.train, config.optim, run.accelerator)):
-        if ft.due(step, config.train.save_every) and step < config.train.steps:
+        if run.leads and ft.due(step, config.train.save_every) and step < config.train.steps:
             save(f"model-{step:06d}")
             ft.release_frozen(family)
         if ft.due(step, config.samples.sample_every):
             ft.preview(run, family, source, config.samples, prompts, resolution, step)
 
     # Written, loaded back and compared with the live model before it counts as done.
-    model = save("model")
-    run.finish(f'finetune generate --model {model} --prompt "{prompts[0]}" --output pictures')
+    if run.leads:
+        model = save("model")
+        run.finish(f'finetune generate --model {model} --prompt "{prompts[0]}"')

@@ -42,17 +42,18 @@ def main(config: Config) -> None:
     groups = ft.adapters.lora(family, config.adapter, config.optim.lr, config.optim.text_encoder_lr, config.train.seed)
     run.begin(family, groups, subjects, companions)
 
-    # Latents and conditions, computed once; the VAE then leaves the memory, and so do the text encoders unless they train.
+    # Latents and conditions, computed once. The VAE then leaves the memory, and the text encoders unless they train.
     encodings = ft.encode(family, subjects, companions, resolution, config.data.background, run.track)
 
     prompts = config.samples.sample_prompts or (subjects[0].caption,)
     for step in run.steps(ft.fit(family, groups, encodings, config.train, config.optim, run.accelerator)):
-        if ft.due(step, config.train.save_every) and step < config.train.steps:
+        if run.leads and ft.due(step, config.train.save_every) and step < config.train.steps:
             ft.export.adapter(family, run.folder / f"adapter-{step:06d}.safetensors", settings=run.settings)
         if ft.due(step, config.samples.sample_every):
             ft.preview(run, family, source, config.samples, prompts, resolution, step)
 
     # Written, loaded back and compared with the live model before it counts as done.
-    file = run.folder / "adapter.safetensors"
-    ft.export.adapter(family, file, settings=run.settings)
-    run.finish(f'finetune generate --model {source.model} --adapter {file} --prompt "{prompts[0]}" --output pictures')
+    if run.leads:
+        file = run.folder / "adapter.safetensors"
+        ft.export.adapter(family, file, settings=run.settings)
+        run.finish(f'finetune generate --model {source.model} --adapter {file} --prompt "{prompts[0]}"')

@@ -22,6 +22,7 @@ RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 UNET = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
@@ -83,7 +84,7 @@ def _vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
         new = new.replace("mid_block.attentions.0", "mid.attn_1").replace("conv_norm_out", "norm_out")
         new = new.replace("conv_shortcut", "nin_shortcut")
         if "attn_1" in new:
-            for ours, theirs in {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
+            for ours, theirs in ATTENTION.items():
                 new = new.replace(f"attn_1.{ours}.", f"attn_1.{theirs}.")
             value = value[:, :, None, None] if value.ndim == 2 else value
         named[f"first_stage_model.{new}"] = value

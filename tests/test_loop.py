@@ -126,9 +126,7 @@ def test_passes_add_up_to_the_whole_step(accumulation: int, tiny_models: dict[st
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
 
 
-def test_two_runs_are_equal_to_the_bit_whatever_was_drawn_before(
-    tiny_models: dict[str, Path], pictures: Path
-) -> None:
+def test_two_runs_are_equal_to_the_bit_whatever_was_drawn_before(tiny_models: dict[str, Path], pictures: Path) -> None:
     ends = []
     for seed in (1, 2):
         torch.manual_seed(seed)

@@ -67,5 +67,5 @@ def test_loss_per_picture_is_the_mean_squared_error_of_each() -> None:
 
 
 def test_unknown_prediction_type_is_named() -> None:
-    with pytest.raises(ValueError, match="'sample'.*epsilon, v_prediction"):
+    with pytest.raises(ValueError, match=r"'sample'.*epsilon, v_prediction"):
         Diffusion(SCHEDULER.alphas_cumprod, "sample")  # type: ignore[arg-type]

@@ -6,10 +6,10 @@ A family wraps a diffusers pipeline: loading, prompt encoding, sampling and savi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+from typing import ClassVar, Protocol, TypeAlias
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
 from finetune.objective import Diffusion, Objective
@@ -21,17 +21,21 @@ Conditions: TypeAlias = dict[str, Tensor]
 class Family(Protocol):
     """A pipeline and how it is trained. Pictures are (B, 3, H, W) in [-1, 1]; latents (B, C, H/f, W/f)."""
 
-    title: str
+    title: ClassVar[str]
     """The name that people know, e.g. "Stable Diffusion 1.x / 2.x"."""
-    pipeline: DiffusionPipeline
-    denoiser_name: str
+    denoiser_name: ClassVar[str]
     """The pipeline's name of the module that predicts: "unet", "transformer"."""
-    text_encoder_names: tuple[str, ...]
+    text_encoder_names: ClassVar[tuple[str, ...]]
     """The pipeline's names of the text encoders, in its order."""
-    adapter_targets: tuple[str, ...]
+    adapter_targets: ClassVar[tuple[str, ...]]
     """Ends of the denoiser's module names that an adapter is put on by default."""
-    text_adapter_targets: tuple[str, ...]
+    text_adapter_targets: ClassVar[tuple[str, ...]]
     """The same for the text encoders."""
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        """The diffusers pipeline, which holds the parts by their names; a part that was released is None."""
+        ...
 
     def objective(self) -> Objective:
         """What the checkpoint was trained to predict, read from its scheduler."""
@@ -85,10 +89,10 @@ def diffusion(pipeline: DiffusionPipeline) -> Diffusion:
     return Diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
 
-def encode_with_vae(vae: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor]:
+def encode_with_vae(vae: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std of an AutoencoderKL's latents, shifted and scaled as its configuration says.
 
-    Each (B, C, H/f, W/f), float32. (Rombach et al. 2021, 2112.10752, appendix G: the scale makes latents unit-variance.)
+    Each (B, C, H/f, W/f), float32. The scale makes latents unit-variance (Rombach et al. 2021, 2112.10752, appendix G).
     """
     with torch.no_grad():
         posterior = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
@@ -19,11 +20,11 @@ class StableDiffusion:
 
     pipeline: StableDiffusionPipeline
 
-    title = "Stable Diffusion"
-    denoiser_name = "unet"
-    text_encoder_names = ("text_encoder",)
-    adapter_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    text_adapter_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
+    title: ClassVar[str] = "Stable Diffusion"
+    denoiser_name: ClassVar[str] = "unet"
+    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    adapter_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    text_adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
 
     def objective(self) -> Objective:
         return base.diffusion(self.pipeline)

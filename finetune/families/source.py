@@ -69,7 +69,7 @@ class Source:
         if self.file is not None:
             weights.check_file(self.file)
             _check_layout(self.file)
-            return _class_in_file(self.file) if self.model_config is None else Source(self.model_config).pipeline_class()
+            return Source(self.model_config).pipeline_class() if self.model_config else _class_in_file(self.file)
         with _hub_faults(self):
             config: Mapping[str, Any] = DiffusionPipeline.load_config(self.model, revision=self.revision)
         return str(config["_class_name"])
@@ -89,7 +89,7 @@ class Source:
         return pipeline
 
     def identity(self) -> str:
-        """A name for exactly this model: the content of its weights, configuration and tokenizer, or the hub's commit."""
+        """A name for exactly this model: a hash of its weights, configuration and tokenizer, or the hub's commit."""
         if self.folder is not None:
             files = [path for path in self.folder.rglob("*") if path.suffix in (".safetensors", ".json", ".txt")]
             return _hash(sorted(files), self.folder)
@@ -136,17 +136,19 @@ def _class_in_folder(folder: Path) -> str:
 
 def _check_layout(file: Path) -> None:
     with safe_open(file, framework="pt") as handle:
-        if not any(name.startswith("model.diffusion_model.") for name in handle.keys()):
-            raise Fault(
-                f"{file}: not a checkpoint in the original layout: no key begins with `model.diffusion_model.`. "
-                "An adapter file goes with --adapter; a diffusers model is given by its folder."
-            )
+        names = list(handle.keys())
+    if not any(name.startswith("model.diffusion_model.") for name in names):
+        raise Fault(
+            f"{file}: not a checkpoint in the original layout: no key begins with `model.diffusion_model.`. "
+            "An adapter file goes with --adapter; a diffusers model is given by its folder."
+        )
 
 
 def _class_in_file(file: Path) -> str:
     """The pipeline class of the model that diffusers infers from names and shapes in an original-layout checkpoint."""
     with safe_open(file, framework="pt") as handle:
-        shapes = {name: torch.empty(handle.get_slice(name).get_shape(), device="meta") for name in handle.keys()}
+        names = list(handle.keys())
+        shapes = {name: torch.empty(handle.get_slice(name).get_shape(), device="meta") for name in names}
     kind = infer_diffusers_model_type(shapes)
     classes = {"v1": "StableDiffusionPipeline", "v2": "StableDiffusionPipeline", "xl_base": "StableDiffusionXLPipeline"}
     return classes.get(kind, f"checkpoint of kind {kind!r}")
@@ -157,11 +159,8 @@ def _check_folder(folder: Path) -> None:
     files = sorted(folder.rglob("*.safetensors"))
     if not files:
         pickles = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.suffix in PICKLES]
-        raise Fault(
-            f"{folder}: holds no .safetensors weights"
-            + (", only pickles, which can run code when they are loaded. Save it with safetensors first." if pickles else "."),
-            pickles,
-        )
+        why = ", only pickles, which can run code when they are loaded. Save it with safetensors first"
+        raise Fault(f"{folder}: holds no .safetensors weights{why if pickles else ''}.", pickles)
     for file in files:
         weights.check_file(file)
 
