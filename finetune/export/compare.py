@@ -49,10 +49,14 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / one.norm().clamp(min=1e-12))
 
 
-def rounded_alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all numbers agree to a rounding error of `dtype`; numbers below its smallest normal one are zero."""
+def rounded_alike(one: Tensor, other: Tensor, dtype: torch.dtype, slack: float = 0.0) -> bool:
+    """Whether all numbers agree to a rounding error of `dtype` and to `slack`.
+
+    Numbers below the smallest normal one of `dtype` count as zero.
+    """
     one, other = one.float().cpu(), other.float().cpu()
     if one.shape != other.shape:
         return False
-    allowed = ROUNDING.get(dtype, 0.0) * one.abs() + (torch.finfo(dtype).tiny if dtype.is_floating_point else 0.0)
+    allowed = ROUNDING.get(dtype, 0.0) * one.abs() + slack
+    allowed = allowed + (torch.finfo(dtype).tiny if dtype.is_floating_point else 0.0)
     return bool(((one - other).abs() <= allowed).all())
