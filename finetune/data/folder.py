@@ -185,9 +185,15 @@ def _unclear(file: Path, meant: Sequence[Path]) -> list[str]:
     """The fault of a caption file that several pictures could mean; none when no picture does (a README.txt)."""
     if not meant:
         return []
-    names = " and ".join(printable(path.name) for path in meant)
-    files = " and ".join(printable(path.name + CAPTION) for path in meant)
-    return [f"{printable(file.name)}: whose caption is it? It could be that of {names}. Name it {files}"]
+    names = _listed([path.name for path in meant])
+    files = _listed([path.name + CAPTION for path in meant])
+    return [f"{printable(file.name)}: whose caption is it? It could be that of {names}. Use {files} instead"]
+
+
+def _listed(names: Sequence[str], most: int = 4) -> str:
+    """ "a, b and c", the first few of many."""
+    shown = [printable(name) for name in names[:most]] + (["others"] if len(names) > most else [])
+    return " and ".join(part for part in (", ".join(shown[:-1]), shown[-1]) if part)
 
 
 def _missing(path: Path, captions: dict[Path, str]) -> str:

@@ -204,7 +204,7 @@ def test_two_pictures_that_share_a_caption_file_are_both_named(tmp_path: Path) -
     assert len(read(tmp_path)) == 2  # without a caption file nothing is shared
     text(tmp_path / "a.txt", "a dog")
     assert fault(tmp_path).details == [
-        "a.txt: whose caption is it? It could be that of a.jpg and a.png. Name it a.jpg.txt and a.png.txt"
+        "a.txt: whose caption is it? It could be that of a.jpg and a.png. Use a.jpg.txt and a.png.txt instead"
     ]
     (tmp_path / "a.txt").rename(tmp_path / "a.jpg.txt")
     text(tmp_path / "a.png.txt", "a drawn dog")
