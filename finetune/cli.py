@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # What the libraries have to say about themselves does not stand between what we say.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
     except (Fault, KeyboardInterrupt) as stop:
