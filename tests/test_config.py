@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 
 from finetune import config, settings, toml
@@ -192,6 +193,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     return st.none() if hint is type(None) else plain[hint]
 
 
+@hypothesis(deadline=None)
 @given(made=values(Config))
 def test_what_is_written_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, made: Config) -> None:
     file = tmp_path_factory.getbasetemp() / "written.toml"
@@ -199,6 +201,7 @@ def test_what_is_written_reads_back_equal(tmp_path_factory: pytest.TempPathFacto
     assert config.parse(Config, ["--config", str(file)], "finetune") == made
 
 
+@hypothesis(deadline=None)
 @given(number=st.integers())
 def test_numbers_are_not_text_and_text_no_numbers(number: int) -> None:
     assert toml.convert(number, float) == number
