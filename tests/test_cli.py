@@ -52,7 +52,8 @@ ANSWERED_AT_ONCE = [
     ["--help"],
     ["train", "--help"],
     ["recipes"],
-    *([*verb.split(), "--help"] for verb in cli.VERBS if verb != "train"),
+    # `toybox measure` is a tool of those who make the base model: its page is not split in two for its help's sake.
+    *([*verb.split(), "--help"] for verb in cli.VERBS if verb not in ("train", "toybox measure")),
     *(["train", name, "--help"] for name in shelf.recipes()),
     ["train", "lora", "--data", "d", "--output", "o", "--rnk", "8"],
 ]
