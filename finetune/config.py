@@ -34,6 +34,7 @@ def parse(config_class: type[C], argv: Sequence[str], prog: str) -> C:
 
     Raises Fault for a file that is not as it must be. For flags that are not, tyro says so and exits with status 2.
     """
+    _require_once(argv)
     file = file_of(argv)
     default = _defaults(config_class, None) if file is None else _from_file(config_class, file)
     parser = _with_config_flag(config_class)
@@ -51,8 +52,6 @@ def file_of(argv: Sequence[str]) -> Path | None:
     """The TOML file that `--config` names."""
     named = [following for word, following in pairwise(argv) if word == "--config"]
     named += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
-    if len(named) > 1:
-        raise Fault(f"--config is given {len(named)} times ({', '.join(named)}): one file is read.")
     return shelf.find_settings(named[0]) if named else None
 
 
@@ -73,6 +72,13 @@ def dumps(config: Any) -> str:
     parts = [[f"{RECIPE} = {toml.value(name)}"] if name in shelf.recipes() else [], [*_lines(config)]]
     parts += [[f"[{name}]", *_lines(group)] for name, group in _fields(config).items() if is_dataclass(group)]
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
+
+
+def _require_once(argv: Sequence[str]) -> None:
+    """Of a flag that is given twice the command line would take the last without a word."""
+    names = [word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise Fault(f"{', '.join(twice)}: given more than once. Several values follow one flag: --prompt ONE TWO.")
 
 
 def _with_config_flag(config_class: type[C]) -> type[C]:

@@ -129,9 +129,17 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         config.parse(Config, [f"--config={tmp_path / 'gone.toml'}"], "finetune")
 
 
-def test_two_files_are_refused() -> None:
-    with pytest.raises(Fault, match="given 2 times"):
-        config.parse(Config, ["--config", "a.toml", "--config=b.toml"], "finetune")
+@pytest.mark.parametrize(
+    "words", [["--config", "a.toml", "--config=b.toml"], ["--skip", "a", "--seed", "1", "--skip", "b"]]
+)
+def test_a_flag_that_is_given_twice_is_refused(words: list[str]) -> None:
+    with pytest.raises(Fault, match=f"^{words[0]}: given more than once"):
+        config.parse(Config, words, "finetune")
+
+
+def test_several_values_follow_one_flag() -> None:
+    made = config.parse(Config, ["--data", "d", "--skip", "a.jpg", "b c.jpg", "--output", "o"], "finetune")
+    assert made.data.skip == ("a.jpg", "b c.jpg")
 
 
 def test_what_is_required_may_come_from_either_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
