@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from finetune import keys
 from finetune.objective import Diffusion, loss_per_picture, min_snr_weight
-from finetune.toybox import pictures, stages, text, vae, world
+from finetune.toybox import parallel, pictures, stages, text, vae, world
 
 if TYPE_CHECKING:
     from finetune.toybox.judge import Judge
@@ -125,11 +126,17 @@ class Sampler:
         return vae.as_pictures(decoded)
 
 
-def train(config: Config, folder: Path, autoencoder: AutoencoderKL, encoder: CLIPTextModel, judge: Judge,
-          export) -> nn.ModuleDict:  # fmt: skip
+def train(
+    config: Config,
+    folder: Path,
+    latents: np.ndarray,
+    encoder: CLIPTextModel,
+    sampler: Sampler,
+    judge: Judge,
+    export: Callable[[nn.Module, nn.Module], None],
+) -> nn.ModuleDict:
     """The stage; `export(unet, encoder)` is called with the averaged weights at every checkpoint."""
-    tokenizer = text.new_tokenizer()
-    latents = encoded(folder, config, autoencoder)
+    tokenizer = sampler.tokenizer
     specs = [world.spec_at(config.seed, index) for index in range(len(latents))]
     kept = np.array([i for i, spec in enumerate(specs) if not world.is_held_out_prompt(spec)])
     captions = [world.caption(spec) for spec in specs]
@@ -138,24 +145,25 @@ def train(config: Config, folder: Path, autoencoder: AutoencoderKL, encoder: CLI
     unet = new(config.seed)
     unet.set_attn_processor(AttnProcessor())
     model = nn.ModuleDict({"unet": unet, "encoder": encoder.requires_grad_(True).train()})
-    size = config.batch
+    size, mine = config.batch, parallel.mine()
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         random = keys.rng(config.seed, "toybox/noise/batch", step)
         chosen = kept[random.integers(len(kept), size=size)]
         told = ["" if random.random() < config.caption_dropout else captions[i] for i in chosen]
-        x0 = torch.from_numpy(latents[chosen].astype(np.float32))
-        eps = torch.from_numpy(random.standard_normal(x0.shape, dtype=np.float32))
+        x0 = torch.from_numpy(latents[chosen].astype(np.float32))[mine]
+        eps = torch.from_numpy(random.standard_normal((size, *LATENT), dtype=np.float32))[mine]
         # One timestep in each of `size` equal parts: the same distribution, a quieter gradient.
-        t = torch.from_numpy(((np.arange(size) + random.random(size)) / size * diffusion.timesteps).astype(np.int64))
+        parts = (np.arange(size) + random.random(size)) / size
+        t = torch.from_numpy((parts * diffusion.timesteps).astype(np.int64))[mine]
         with torch.autocast("cpu", torch.bfloat16):
-            conditions = model["encoder"](text.token_ids(tokenizer, told)).last_hidden_state
+            conditions = model["encoder"](text.token_ids(tokenizer, told[mine])).last_hidden_state
             predicted = model["unet"](diffusion.noised(x0, eps, t), t, conditions).sample
         errors = loss_per_picture(predicted, diffusion.target(x0, eps, t))
         return (errors * velocity_weight(diffusion, t, config.snr_gamma)).mean(), {"v": float(errors.detach().mean())}
 
     def show(averaged: nn.Module, step: int) -> None:
-        drawn = Sampler(autoencoder, tokenizer).draw(averaged["unet"], averaged["encoder"], SHEET_PROMPTS, 1)
+        drawn = sampler.draw(averaged["unet"], averaged["encoder"], SHEET_PROMPTS, 1)
         pictures.sheet(drawn, 12).save(folder / "noise.png")
         seen = judge.read(drawn)
         right = {

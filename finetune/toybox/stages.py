@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from finetune.toybox import parallel
+
 SECONDS_BETWEEN_SAVES = 240.0
 
 
@@ -76,15 +78,18 @@ def run(stage: Stage) -> nn.Module:
         loss, figures = stage.loss(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        parallel.average_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1
         _move(average, stage.model, min(stage.average, (1 + step) / (10 + step)))
         recent.append({"loss": float(loss.detach()), "norm": float(norm), **figures})
-        if step % stage.log_every == 0:
+        if parallel.rank() == 0 and step % stage.log_every == 0:
             seconds = (time.monotonic() - started) / (step - first)
             _log(stage, step, {name: sum(f[name] for f in recent) / len(recent) for name in recent[0]}, seconds)
             recent = []
+        if parallel.rank() > 0:
+            continue
         if step == stage.steps or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
             write(path, {"model": stage.model.state_dict(), "optimizer": optimizer.state_dict(),
                          "average": average, "step": step})  # fmt: skip

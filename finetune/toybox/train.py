@@ -56,23 +56,28 @@ def main(config: Config) -> None:
     """Run every stage that is not finished, then write the pipeline."""
     import torch
 
-    from finetune.toybox import judge_training, noise, pack, text, vae
+    from finetune.toybox import judge_training, noise, pack, parallel, text, vae
     from finetune.toybox.judge import Judge
 
     torch.set_num_threads(config.threads)
+    parallel.start()
     folder = config.output
     folder.mkdir(parents=True, exist_ok=True)
-    weights = config.weights or folder / "export"
-    autoencoder = vae.train(config, folder)
-    decoding = vae.train_decoder(config, folder, autoencoder)
-    contrast = judge_training.train(config, folder, autoencoder)
+    with parallel.first_alone():
+        autoencoder = vae.train(config, folder)
+        decoding = vae.train_decoder(config, folder, autoencoder)
+        contrast = judge_training.train(config, folder, autoencoder)
+        latents = noise.encoded(folder, config, autoencoder)
     judge, tokenizer = Judge(contrast.judge), text.new_tokenizer()
 
     def export(unet, encoder) -> None:
-        pack.export(weights, unet, encoder, decoding, tokenizer, judge)
+        pack.export(config.weights or folder / "export", unet, encoder, decoding, tokenizer, judge)
 
-    trained = noise.train(config, folder, decoding, contrast.encoder, judge, export)
-    export(trained["unet"], trained["encoder"])
+    sampler = noise.Sampler(decoding, tokenizer)
+    trained = noise.train(config, folder, latents, contrast.encoder, sampler, judge, export)
+    if parallel.rank() == 0:
+        export(trained["unet"], trained["encoder"])
+    parallel.stop()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from finetune.toybox import noise, stages, text, train, vae
 
 TINY = {
-    "pictures": 64, "vae_pictures": 16, "vae_batch": 8, "judge_pictures": 32, "judge_batch": 16,
+    "pictures": 64, "vae_pictures": 16, "vae_batch": 8, "decoder_pictures": 8, "judge_pictures": 32, "judge_batch": 16,
     "noise_pictures": 8, "batch": 4, "threads": 1,
 }  # fmt: skip
 
@@ -46,7 +46,7 @@ def test_interrupted_training_is_the_same_training(tmp_path: Path, monkeypatch: 
             break
         except Interrupted:
             continue
-    assert starts == 7  # two steps in each of three stages, and the run that finds them finished
+    assert starts == 8  # three stages of two steps, one of one, and the run that finds them finished
     for file in (tmp_path / "whole" / "export").rglob("*.safetensors"):
         ours = load_file(tmp_path / "parts" / "export" / file.relative_to(tmp_path / "whole" / "export"))
         for name, value in load_file(file).items():
