@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_interrupted_training_is_the_same_training(tmp_path: Path, monkeypatch: 
 def test_rate_rises_stays_and_falls():
     rates = [stages.rate(step, 1000) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01) and rates[100:750] == [1.0] * 650 and rates[-1] < 0.02
-    assert all(b <= a for a, b in zip(rates[750:], rates[751:], strict=False))
+    assert all(b <= a for a, b in pairwise(rates[750:]))
 
 
 def test_more_steps_move_only_the_descent():
