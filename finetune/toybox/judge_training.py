@@ -55,8 +55,8 @@ def identity_spec(seed: int, index: int) -> world.Spec:
     for _ in range(member):
         spec = _mutated(spec, random)
     random = np.random.default_rng([seed, thing, view, 4])
-    where = {"scene": str(random.choice(world.ALL_SCENES)), "style": str(random.choice(world.STYLES))}
-    return world.placed(replace(spec, shade=float(random.uniform(-1, 1)), **where), random)
+    scene, style = str(random.choice(world.ALL_SCENES)), str(random.choice(world.STYLES))
+    return world.placed(replace(spec, shade=float(random.uniform(-1, 1)), scene=scene, style=style), random)
 
 
 def _mutated(spec: world.Spec, random: np.random.Generator) -> world.Spec:
@@ -204,6 +204,4 @@ def train(config: Config, folder: Path, vae: AutoencoderKL) -> Contrast:
         average=0.995,
         weight_decay=1e-3,
     )
-    trained = stages.run(stage)
-    assert isinstance(trained, Contrast)
-    return trained
+    return stages.run(stage)

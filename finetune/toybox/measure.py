@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
 from finetune import keys
@@ -73,7 +73,7 @@ def right(judge: Judge, shown: list[Image.Image], specs: list[world.Spec]) -> di
     return {f: float(np.mean([r[f] == getattr(s, f) for r, s in zip(read, specs, strict=True)])) for f in FIELDS}
 
 
-def through(autoencoder: torch.nn.Module, shown: list[Image.Image]) -> tuple[list[Image.Image], float]:
+def through(autoencoder: AutoencoderKL, shown: list[Image.Image]) -> tuple[list[Image.Image], float]:
     """The pictures through the autoencoder, and the mean PSNR in dB."""
     batch = vae.as_tensor(np.stack([np.asarray(picture) for picture in shown]))
     output = vae.reconstruct(autoencoder, batch)

@@ -162,7 +162,7 @@ def train(
         errors = loss_per_picture(predicted, diffusion.target(x0, eps, t))
         return (errors * velocity_weight(diffusion, t, config.snr_gamma)).mean(), {"v": float(errors.detach().mean())}
 
-    def show(averaged: nn.Module, step: int) -> None:
+    def show(averaged: nn.ModuleDict, step: int) -> None:
         drawn = sampler.draw(averaged["unet"], averaged["encoder"], SHEET_PROMPTS, 1)
         pictures.sheet(drawn, 12).save(folder / "noise.png")
         seen = judge.read(drawn)
@@ -183,6 +183,4 @@ def train(
         average=0.999,
         show=show,
     )
-    trained = stages.run(stage)
-    assert isinstance(trained, nn.ModuleDict)
-    return trained
+    return stages.run(stage)

@@ -1,4 +1,4 @@
-"""Several processes on one training stage, when the command is started by `torchrun`.
+"""Several processes on the decoder and the noise predictor, when the command is started by `torchrun`.
 
 On a busy machine two processes with one thread each are faster than one with two: they meet once a step, not at every
 convolution. Gradients are averaged, so the training is the same up to rounding.

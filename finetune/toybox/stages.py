@@ -6,6 +6,7 @@ step's pictures and noise are functions of (seed, purpose, step), so a resumed s
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +24,16 @@ from finetune.toybox import parallel
 SECONDS_BETWEEN_SAVES = 240.0
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[M]):
     """What is trained, how, and for how long."""
 
     name: str
     folder: Path
-    model: nn.Module
+    model: M
     """Everything that trains and everything that is averaged."""
     groups: Sequence[tuple[nn.Module, float]]
     """Parts of `model`, each with its own peak learning rate."""
@@ -39,7 +44,7 @@ class Stage:
     """Decay of the moving average that is shipped."""
     weight_decay: float = 1e-4
     log_every: int = 50
-    show: Callable[[nn.Module, int], None] | None = None
+    show: Callable[[M, int], None] | None = None
     """Called with the averaged model at every checkpoint, for pictures to look at."""
 
 
@@ -53,7 +58,7 @@ def rate(step: int, steps: int, warmup: int = 100, decay: float = 0.25) -> float
     return up if left >= 1 else up * (0.01 + 0.99 * 0.5 * (1 - math.cos(math.pi * left)))
 
 
-def run(stage: Stage) -> nn.Module:
+def run(stage: Stage[M]) -> M:
     """Train the stage to its end, from its checkpoint where there is one; returns the averaged model."""
     path = stage.folder / f"{stage.name}.state.pt"
     optimizer = torch.optim.AdamW(
@@ -99,16 +104,14 @@ def run(stage: Stage) -> nn.Module:
     return averaged(stage.model, average)
 
 
-def averaged(model: nn.Module, average: dict[str, Tensor]) -> nn.Module:
+def averaged(model: M, average: dict[str, Tensor]) -> M:
     """A copy of `model` with the averaged weights, in evaluation mode."""
-    import copy
-
     twin = copy.deepcopy(model)
     twin.load_state_dict(average)
     return twin.eval().requires_grad_(False)
 
 
-def finished(folder: Path, name: str, model: nn.Module) -> nn.Module:
+def finished(folder: Path, name: str, model: M) -> M:
     """The averaged model of a stage's latest checkpoint."""
     state = torch.load(folder / f"{name}.state.pt", weights_only=True)
     return averaged(model, state["average"])
@@ -136,7 +139,7 @@ def _move(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_([average[n] for n in floats], [current[n] for n in floats], 1 - decay)
 
 
-def _log(stage: Stage, step: int, figures: dict[str, float], seconds: float) -> None:
+def _log(stage: Stage[M], step: int, figures: dict[str, float], seconds: float) -> None:
     left = (stage.steps - step) * seconds / 60
     line = {"stage": stage.name, "step": step, **{k: round(v, 5) for k, v in figures.items()}}
     with open(stage.folder / "log.jsonl", "a") as file:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from finetune import keys
@@ -115,6 +116,6 @@ def save_encoder(encoder: CLIPTextModel, folder: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def token_ids(tokenizer: CLIPTokenizer, captions: list[str]):
+def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """(B, 77) token ids, padded and cut."""
     return tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids

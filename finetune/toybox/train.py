@@ -55,6 +55,7 @@ class Config:
 def main(config: Config) -> None:
     """Run every stage that is not finished, then write the pipeline."""
     import torch
+    from torch import nn
 
     from finetune.toybox import judge_training, noise, pack, parallel, text, vae
     from finetune.toybox.judge import Judge
@@ -65,12 +66,12 @@ def main(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with parallel.first_alone():
         autoencoder = vae.train(config, folder)
-        decoding = vae.train_decoder(config, folder, autoencoder)
         contrast = judge_training.train(config, folder, autoencoder)
         latents = noise.encoded(folder, config, autoencoder)
+    decoding = vae.train_decoder(config, folder, autoencoder)
     judge, tokenizer = Judge(contrast.judge), text.new_tokenizer()
 
-    def export(unet, encoder) -> None:
+    def export(unet: nn.Module, encoder: nn.Module) -> None:
         pack.export(config.weights or folder / "export", unet, encoder, decoding, tokenizer, judge)
 
     sampler = noise.Sampler(decoding, tokenizer)

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from finetune import keys
-from finetune.toybox import pictures, stages
+from finetune.toybox import parallel, pictures, stages
 
 if TYPE_CHECKING:
     from finetune.toybox.train import Config
@@ -58,7 +58,7 @@ def psnr(output: Tensor, picture: Tensor) -> float:
 
 
 @torch.no_grad()
-def reconstruct(vae: nn.Module, batch: Tensor, size: int = 100) -> Tensor:
+def reconstruct(vae: AutoencoderKL, batch: Tensor, size: int = 100) -> Tensor:
     """Pictures through the autoencoder (posterior's mean), float32."""
     return torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in batch.split(size)])
 
@@ -102,7 +102,7 @@ def train(config: Config, folder: Path) -> AutoencoderKL:
         figures = {"error": float(error.detach()), "kl": float(kl.detach()), "psnr": psnr(output.detach(), batch)}
         return error + config.vae_kl * kl, figures
 
-    def show(model: nn.Module, step: int) -> None:
+    def show(model: AutoencoderKL, step: int) -> None:
         output = reconstruct(model, held_out)
         print(f"vae {step}: {psnr(output, held_out):.2f} dB on held-out world pictures", flush=True)
         pairs = torch.cat([held_out[:8], output[:8]])
@@ -132,14 +132,14 @@ def train_decoder(config: Config, folder: Path, vae: AutoencoderKL) -> Autoencod
     vae.post_quant_conv.requires_grad_(True)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        batch = mixture.at(step + config.vae_pictures)
+        batch = mixture.at(step + config.vae_pictures)[parallel.mine()]
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 latents = vae.encode(batch).latent_dist.mode()
             output = vae.decode(latents).sample.float()
         return reconstruction_loss(output, batch), {"psnr": psnr(output.detach(), batch)}
 
-    def show(model: nn.Module, step: int) -> None:
+    def show(model: AutoencoderKL, step: int) -> None:
         print(f"decoder {step}: {psnr(reconstruct(model, held_out), held_out):.2f} dB on held-out pictures", flush=True)
 
     stage = stages.Stage(
@@ -152,9 +152,7 @@ def train_decoder(config: Config, folder: Path, vae: AutoencoderKL) -> Autoencod
         average=0.998,
         show=show,
     )
-    trained = stages.run(stage)
-    assert isinstance(trained, AutoencoderKL)
-    return trained
+    return stages.run(stage)
 
 
 def as_pictures(batch: Tensor) -> list[Image.Image]:
