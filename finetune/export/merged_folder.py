@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from finetune import families
 from finetune.errors import Failure, Fault
 from finetune.export import naming, stream
-from finetune.export.compare import TOLERANCE, difference, encoding, prediction, rounded_alike
+from finetune.export.compare import REROUNDED, difference, encoding, prediction, rounded_alike
 from finetune.export.reading import adaptable, listed
 from finetune.families import Family
 from finetune.quiet import quiet
@@ -75,7 +75,7 @@ def verify_merged(family: Family, folder: Path) -> None:
             again = families.wrap(loaded)
             answer = prediction(again) if name == family.denoiser_name else encoding(again)
             gap = difference(live[name], answer)
-            if not gap <= max(TOLERANCE[dtype], TOLERANCE[module.dtype]):
+            if not gap <= max(REROUNDED[dtype], REROUNDED[module.dtype]):
                 wrong.append(f"{name}: its answer differs by {gap:.1e} of its norm")
     if wrong:
         raise Failure("the merged model does not load back as it was written:", listed(wrong))
@@ -144,9 +144,7 @@ def _other_weights(part: str, module: nn.Module, fresh: nn.Module, dtype: torch.
         layer, _, leaf = name.rpartition(".")
         expected, slack = own[name].detach().cpu(), 0.0
         if leaf == "weight" and layer in changed:
-            change = _change(changed[layer])
-            if change is None:
-                continue  # no formula here for this method: the prediction is compared
+            change = _change(changed[layer], leaf)
             expected, slack = expected.float() + change, SUMMED * float(change.abs().max())
         rounded = dtype if expected.is_floating_point() else expected.dtype
         if not rounded_alike(expected, loaded[name], rounded, slack):
@@ -154,18 +152,18 @@ def _other_weights(part: str, module: nn.Module, fresh: nn.Module, dtype: torch.
     return wrong
 
 
-def _change(layer: Any) -> Tensor | None:
-    """Hu et al. 2021, eq. 3: alpha / rank * B A, summed over the active adapters; None for other methods."""
-    weight, total = layer.get_base_layer().weight, None
+def _change(layer: Any, leaf: str) -> Tensor:
+    """Hu et al. 2021, eq. 3: alpha / rank * B A, summed over the active adapters; of other methods what PEFT says."""
+    weight = layer.get_base_layer().weight.detach().cpu()
+    total = torch.zeros(weight.shape)
     for name in layer.active_adapters:
         if name not in layer.lora_A:
             continue
         if layer.use_dora.get(name):
-            return None
+            return _merge(layer, leaf).detach() - weight.float()
         down, up = (half[name].weight.detach().cpu().float() for half in (layer.lora_A, layer.lora_B))
-        change = layer.scaling[name] * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
-        total = change if total is None else total + change
-    return torch.zeros(weight.shape) if total is None else total
+        total += layer.scaling[name] * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    return total
 
 
 def _save_text_config(module: Any, folder: Path, dtype: torch.dtype) -> None:
