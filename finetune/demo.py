@@ -53,7 +53,7 @@ def main(config: Config) -> None:
 
     folder, run = shelf.datasets() / config.subject, config.output / "run"
     new_scenes = list(dict.fromkeys(SUBJECTS[config.subject].references))
-    prompts = [f"{PROMPT} {scene}" for scene in new_scenes] + [f"{CARTOON} {scene}" for scene in new_scenes[:2]]
+    prompts = [*(f"{PROMPT} {scene}" for scene in new_scenes), f"{CARTOON} {new_scenes[0]}"]
 
     say(f"The base model draws `{PROMPT}`, words that mean nothing to it yet.")
     family = ft.load(ft.Source("toybox"))
@@ -72,9 +72,8 @@ def main(config: Config) -> None:
     after = draw(family, prompts, config.seed)
 
     photos = [opened(path) for path in sorted((folder / "pictures").glob("*.png"))]
-    labels = [prompt.removeprefix("a ").replace("of sks toy ", "") for prompt in prompts]
     above = grid([photos], ["it learns from"], [""] * len(photos), f"{config.subject}, before and after")
-    below = grid([before[::EACH], after[::EACH]], ["before", "after"], labels)
+    below = grid([before[::EACH], after[::EACH]], ["before", "after"], [*prompts, f"{CLASS_PROMPT} (the class)"])
     picture = config.output / "demo.png"
     stacked([above, below]).save(picture)
     judge(folder, prompts, before, after)
