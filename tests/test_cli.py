@@ -52,8 +52,7 @@ ANSWERED_AT_ONCE = [
     ["--help"],
     ["train", "--help"],
     ["recipes"],
-    # `toybox measure` is a tool of those who make the base model: its page is not split in two for its help's sake.
-    *([*verb.split(), "--help"] for verb in cli.VERBS if verb not in ("train", "toybox measure")),
+    *([*verb.split(), "--help"] for verb in cli.VERBS if verb != "train"),
     *(["train", name, "--help"] for name in shelf.recipes()),
     ["train", "lora", "--data", "d", "--output", "o", "--rnk", "8"],
 ]
