@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Config:
-    """How the embedded base model is made."""
+    """How the embedded base model is made. The defaults made the shipped one."""
 
     output: Path = Path("toybox-run")
     """Working folder: drawn pictures, checkpoints, sample sheets, log. A later run goes on from what is there."""
@@ -22,7 +22,7 @@ class Config:
     """Seed of the world, the weights and every batch."""
     pictures: int = 40_000
     """World pictures drawn once, before training."""
-    vae_pictures: int = 72_000
+    vae_pictures: int = 41_600
     """Training pictures that the autoencoder sees."""
     vae_batch: int = 32
     """Pictures a step for the autoencoder."""
@@ -32,17 +32,17 @@ class Config:
     """Weight of the latents' divergence from the unit Gaussian."""
     decoder_pictures: int = 32_000
     """Training pictures that the decoder sees alone afterwards. More of them spoil nothing."""
-    judge_pictures: int = 128_000
+    judge_pictures: int = 48_000
     """Captioned pictures that the judge and the text encoder see (and as many views of things)."""
     judge_batch: int = 128
     """Captioned pictures a step for the judge."""
     judge_lr: float = 2e-3
     """Peak learning rate of the judge and of the text encoder's first training."""
-    noise_pictures: int = 400_000
+    noise_pictures: int = 117_600
     """Training pictures that the noise predictor sees. A larger number makes a finished training go on."""
-    batch: int = 64
+    batch: int = 48
     """Pictures a step for the noise predictor."""
-    lr: float = 1.5e-3
+    lr: float = 1.4e-3
     """Peak learning rate of the noise predictor; its text encoder has a third of it."""
     caption_dropout: float = 0.1
     """Share of captions left out, so that guidance has something to push away from."""
