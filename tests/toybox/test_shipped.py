@@ -78,7 +78,7 @@ def test_latents_have_unit_variance(pipeline):
 
 
 def test_the_autoencoder_keeps_pictures_it_never_saw(pipeline):
-    for name, least in (("gizmo", 22.0), ("pip", 22.0)):
+    for name, least in (("gizmo", 24.5), ("pip", 24.5)):
         batch = vae.as_tensor(np.stack([np.asarray(picture) for picture, _ in subjects.drawn(name).values()]))
         assert vae.psnr(vae.reconstruct(pipeline.vae, batch), batch) > least, name
 

@@ -1,0 +1,14 @@
+"""The toybox's two commands answer without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("page", ["train", "measure"])
+def test_settings_are_read_without_torch(page):
+    code = f"import sys, finetune.toybox.{page} as page; page.Config(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
