@@ -25,7 +25,7 @@ PROMPT, CLASS_PROMPT = "a photo of sks toy", "a photo of a toy"
 CARTOON = "a cartoon of sks toy"
 EACH = 4
 """Pictures of each prompt for the judge; the grid shows the first."""
-SAMPLING_STEPS, GUIDANCE = 25, 4.0
+SAMPLING_STEPS, GUIDANCE = 25, 2.0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ The standard library reads TOML but does not write it, and knows no types of our
 from __future__ import annotations
 
 import json
+import sys
 import types
 import typing
 from pathlib import Path
@@ -38,7 +39,7 @@ def convert(value: Any, hint: Any) -> Any:
         return tuple(convert(item, arms[0]) for item in value)
     if origin is tuple and isinstance(value, list) and len(arms) == len(value):
         return tuple(convert(item, arm) for item, arm in zip(value, arms, strict=True))
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if hint is Path and isinstance(value, str):
         return Path(value)
