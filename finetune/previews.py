@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from finetune import families, sampling
 from finetune.data.encoding import release_frozen
 from finetune.families import Family, Source
+from finetune.pictures import save_png
 from finetune.run import Run
 from finetune.settings import Samples
 
@@ -29,6 +30,7 @@ def preview(
         folder = run.folder / "samples"
         folder.mkdir(exist_ok=True)
         for number, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
-            facts = {"prompt": prompt, "seed": seed, "step": step, **vars(settings)}
-            sampling.save_png(picture, folder / f"step-{step:06d}-{number}.png", facts)
+            facts = {"prompt": prompt, "seed": seed, "step": step, "model": source.model, "revision": source.revision}
+            facts |= {"steps": settings.sample_steps, "guidance": settings.sample_guidance}
+            save_png(picture, folder / f"step-{step:06d}-{number}.png", facts)
     release_frozen(family)

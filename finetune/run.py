@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -89,6 +98,8 @@ class Run:
             for report in reports:
                 state = f"loss {report.loss:.4f}  lr {report.lr:.2e}  {report.seconds:.2f} s/step"
                 progress.update(task, completed=report.step, state=state)
+                if not self.console.is_terminal and self._worth_a_line(report.step):
+                    self.console.print(f"step {report.step}/{self.train.steps}  {state}{_left(progress.tasks[task])}")
                 log.write(json.dumps({**vars(report), "time": time.time()}) + "\n")
                 log.flush()
                 curves = {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr}
@@ -104,6 +115,10 @@ class Run:
             table.add_row(Text(str(file.relative_to(self.folder)), overflow="fold"), _bytes(file.stat().st_size))
         self.console.print(Text(f"\nWritten to {self.folder}, loaded back and found equal:", overflow="fold"), table)
         self.console.print(Text(f"\nUse it:\n  {usage}"), soft_wrap=True)
+
+    def _worth_a_line(self, step: int) -> bool:
+        """Where no bar can move (a log file): the first estimate after five steps, then every tenth of the way."""
+        return step == 5 or step % max(1, self.train.steps // 10) == 0
 
     def _progress(self, *extra: str) -> Progress:
         columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()]
@@ -155,6 +170,10 @@ def _require_sense(train: Train) -> None:
             raise Fault(f"--{name.replace('_', '-')} {getattr(train, name)}: at least 1.")
     if train.precision == "fp16" and not torch.cuda.is_available():
         raise Fault("--precision fp16 needs a GPU: take bf16 or fp32 on a CPU.")
+
+
+def _left(task: Task) -> str:
+    return f"  about {timedelta(seconds=round(task.time_remaining))} left" if task.time_remaining else ""
 
 
 def _count(parameters: int) -> str:

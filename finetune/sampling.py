@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from finetune import families
 from finetune.errors import Fault
 from finetune.families import Family
-from finetune.pictures import grid, save_png
-
-__all__ = ["grid", "sample", "save_png"]
 
 
 def sample(

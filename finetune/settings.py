@@ -54,9 +54,9 @@ class Prior:
     """Prior preservation: the class is kept as the base knows it (Ruiz et al. 2022, 2208.12242, section 3.3)."""
 
     prior: Annotated[bool, arg(aliases=["--with-prior"])] = True
-    """Train class pictures beside the subject. Needs --class-prompt or --class-data; --no-prior goes without."""
+    """Train class pictures beside the subject. Needs --class-prompt; --no-prior goes without."""
     class_prompt: str | None = None
-    """What the subject is one of, e.g. "a photo of a dog"."""
+    """What the subject is one of, e.g. "a photo of a dog": the caption of the class pictures."""
     class_images: int = 100
     """Number of class pictures. They are drawn by the frozen base with recorded seeds, kept, and topped up."""
     class_data: Path | None = None

@@ -20,6 +20,7 @@ from finetune.data import read_plain
 from finetune.data.encoding import encode
 from finetune.data.order import Order
 from finetune.families import Source
+from finetune.pictures import read_settings
 
 KINDS = ["sd", "sd-v", "sdxl"]
 FLAGS = {"lora": ["--rank", "4", "--alpha", "8", "--lr", "5e-2"], "dreambooth": ["--lr", "2e-3"]}
@@ -120,7 +121,10 @@ def test_the_vae_and_the_text_encoder_are_out_of_memory_while_training(
     flags = ("--steps", "4", "--sample-every", "2", "--sample-steps", "2")
     run = train("lora", tiny_models["sd"], pictures, tmp_path / "run", *flags)
     assert alive == [0, 0, 0, 0]
-    assert sorted(file.name for file in (run / "samples").iterdir()) == ["step-000002-0.png", "step-000004-0.png"]
+    samples = sorted((run / "samples").iterdir())
+    assert [file.name for file in samples] == ["step-000002-0.png", "step-000004-0.png"]
+    told = read_settings(samples[0])
+    assert (told["prompt"], told["step"], told["steps"], told["guidance"]) == (PROMPT, 2, 2, 5.0)
 
 
 @pytest.mark.parametrize(("recipe", "saved"), [("lora", "adapter-000002.safetensors"), ("dreambooth", "model-000002")])
@@ -151,10 +155,11 @@ def test_dreambooth_with_an_8_bit_optimizer_on_the_cpu(
 def test_the_summary_says_what_is_going_to_happen(
     tiny_models: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = train("lora", tiny_models["sd"], pictures, tmp_path / "run", "--steps", "3", "--batch-size", "2")
+    run = train("lora", tiny_models["sd"], pictures, tmp_path / "run", "--steps", "6", "--batch-size", "2")
     said = " ".join(capsys.readouterr().out.split())
-    for part in ("unet", "text_encoder", "3 pictures", "3 of 2 pictures: 2.0 epochs", "adamw, fp32, cpu", "seed 0"):
+    for part in ("unet", "text_encoder", "3 pictures", "6 of 2 pictures: 4.0 epochs", "adamw, fp32, cpu", "seed 0"):
         assert part in said
+    assert "left" in said.partition("step 5/6 loss ")[2].partition("step 6/6")[0]
     assert "finetune generate" in said
     assert str(run / "adapter.safetensors") in said.replace(" ", "") or "adapter.safetensors" in said
 
