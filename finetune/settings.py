@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import arg
+from tyro.conf import Suppress, arg
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "cosine", "linear"]
@@ -30,21 +30,115 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Concept:
+    """One of several things that a run learns: a `[[concepts]]` table. What it leaves out is as in `[data]`."""
+
+    data: str
+    """Its pictures, as in `[data]`."""
+    prompt: str | None = None
+    """Caption of its pictures that have none of their own."""
+    trigger: str | None = None
+    """The word that stands for it."""
+    template: str | None = None
+    """How its captions are made."""
+    class_prompt: tuple[str, ...] = ()
+    """What it is one of; its class pictures are drawn with these."""
+    class_data: Path | None = None
+    """Its own folder of class pictures."""
+    repeats: int = 1
+    """How often an epoch sees each of its pictures."""
+    weight: float = 1.0
+    """Weight of its pictures' loss."""
+    masks: Path | None = None
+    """Its folder of masks."""
+    validation: float = 0.0
+    """Share of its pictures that is held out of the training."""
+
+
+@dataclass(frozen=True)
 class Data:
     """The pictures to learn."""
 
-    data: Path
-    """Folder of pictures; `name.txt` beside a picture is its caption."""
+    data: str | None = None
+    """Folder of pictures, with `name.txt` captions or a metadata.jsonl / .csv beside them; or `hf:NAME` for a data set
+    that the library `datasets` reads, from the hub or a folder."""
+    split: str = "train"
+    """Split of a `hf:` data set."""
+    image_column: str = "image"
+    """Its column of pictures."""
+    caption_column: str | None = None
+    """Its column of captions. Default: the one of text, caption, captions, prompt that is there."""
+    streaming: bool = False
+    """Read a `hf:` data set as it comes instead of downloading it whole first."""
+    limit: int | None = None
+    """Take only so many rows of a `hf:` data set."""
     prompt: str | None = None
-    """Caption of every picture that has no `name.txt`, e.g. "a photo of sks dog"."""
-    resolution: int | None = None
-    """Side of the training square in pixels. Default: what the model was made for."""
+    """Caption of every picture that has none of its own, e.g. "a photo of sks dog"."""
+    trigger: str | None = None
+    """The word that stands for the subject or style, e.g. sks."""
+    template: str | None = None
+    """How a caption is made of the trigger and the picture's own caption, e.g. "{trigger}, {caption}"."""
     strict: bool = False
     """Refuse pictures without a caption instead of training them with the prompt."""
     skip: tuple[str, ...] = ()
     """File names in the folder to leave out, e.g. one that cannot be read."""
     background: str = "white"
     """Colour behind transparent pictures: a name or #rrggbb."""
+    masks: Path | None = None
+    """Folder of masks, one of the same name for a picture: white is trained, black is not."""
+    alpha_masks: bool = False
+    """Take a picture's own transparency as its mask."""
+    unmasked_weight: float = 0.0
+    """Weight of the loss outside the mask."""
+    unmasked_prior: float = 0.0
+    """Outside the mask, hold the model to what the frozen base predicts, with this weight (LoRA only)."""
+    cache: Path | None = None
+    """Where latents and text embeddings are kept between runs. Default: below $FINETUNE_CACHE or ~/.cache/finetune."""
+    use_cache: bool = True
+    """Keep them on disk, and use what is there. --no-use-cache computes them in memory."""
+    validation: float = 0.0
+    """Share of the pictures that is held out of the training."""
+    concepts: Annotated[tuple[Concept, ...], Suppress] = ()
+    """Several things to learn at once: `[[concepts]]` tables in TOML, instead of `data`."""
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What is made of a picture's captions. Every draw follows from the seed."""
+
+    several_captions: bool = False
+    """Each line of `name.txt` is a caption of its own, one of which is drawn each time."""
+    shuffle_tags: bool = False
+    """Shuffle the tags, which commas part."""
+    keep_tags: int = 1
+    """The first tags, which stay where they are and are never dropped."""
+    tag_dropout: float = 0.0
+    """Share of the tags that is left out each time."""
+    caption_dropout: float = 0.0
+    """Share of the draws that train the empty prompt instead (0.1 helps guidance, Ho & Salimans 2022, 2207.12598)."""
+    caption_variants: int = 8
+    """Number of shufflings a caption is trained in. Each is encoded ahead, and cached."""
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How pictures are scaled and cropped."""
+
+    resolution: tuple[int, ...] = ()
+    """Side in pixels of the square whose area is trained; with several, each picture is trained at each. Default: what
+    the model was made for."""
+    buckets: bool = True
+    """Train each picture near its own aspect ratio. --no-buckets crops all to squares."""
+    max_upscale: float = 2.0
+    """Enlarge a picture at most so far: a small one is trained at a smaller size, down to half the side, then refused."""
+    min_kept: float = 0.5
+    """Refuse pictures of which less than this share would be trained."""
+    crop: Literal["centre", "random", "focus"] = "centre"
+    """What is kept where a picture is cropped: the centre, several random places, or the focus (a point, the mask)."""
+    crop_variants: int = 4
+    """Number of places of `--crop random`. Each is encoded once, and cached."""
+    focus: tuple[float, float] | None = None
+    """The point to keep in view, as shares of width and height from the top left. Default: the middle of the mask."""
     flip: bool = False
     """Also train the mirror images. Not for subjects with a left and a right (text, faces)."""
 

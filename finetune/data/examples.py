@@ -18,28 +18,52 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Example:
-    """One picture with one caption. Made by `read`, which has decoded it whole once."""
+    """One picture with its captions. Made by `read`, which has decoded it whole once."""
 
     path: Path
-    caption: str
+    """A file that can be read."""
+    captions: tuple[str, ...]
+    """What it may be trained with, one or more: trigger and template are applied, tags not yet shuffled."""
+    name: str = ""
+    """What the user calls it: the file's name, or "row 17"."""
     weight: float = 1.0
     """Of its loss"""
-    flip: bool = False
-    """Train its mirror image."""
+    concept: int = 0
+    """Number of the concept that it belongs to."""
+    repeats: int = 1
+    """How often an epoch sees it."""
+    focus: tuple[float, float] | None = None
+    """The point (x, y) that a crop keeps in view, as shares of width and height."""
+    mask: Path | None = None
+    """A picture whose white is trained; the example's own file where its alpha channel is the mask."""
     own_caption: bool = field(default=False, compare=False)
-    """The caption comes from the picture's own file, not from the prompt for all."""
+    """The captions are the picture's own, not the prompt for all."""
     facts: Facts | None = field(default=None, compare=False, repr=False)
     """What was found when the picture was decoded"""
 
 
-def pixels(example: Example, resolution: int, background: str = "white") -> tuple[Tensor, Geometry]:
-    """The example's training square: (3, resolution, resolution) float32 in [-1, 1], and where it comes from.
+@dataclass(frozen=True)
+class Item:
+    """What an epoch goes through: an example at one base resolution."""
 
-    A mirror image is mirrored before it is cropped, so its geometry is true as well. Raises BadPicture when the file
-    cannot be read (any more).
+    example: Example
+    views: tuple[Geometry, ...]
+    """Crops and mirror images, all of one target size; each is encoded once."""
+    captions: tuple[str, ...]
+    """What it is trained with, after shuffling and dropping of tags; each is encoded once."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.views[0].target
+
+
+def pixels(example: Example, view: Geometry, background: str = "white") -> Tensor:
+    """What a view shows of the example's picture: (3, H, W) float32 in [-1, 1].
+
+    Raises BadPicture when the file cannot be read (any more).
     """
-    picture, facts = pictures.decode(example.path, background)
-    if example.flip:
+    picture, _ = pictures.decode(example.path, background)
+    if view.mirrored:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    placed = geometry.centre((facts.height, facts.width), (resolution, resolution))
-    return geometry.tensor(geometry.crop(picture, placed)), placed
+    return geometry.tensor(geometry.crop(picture, view))

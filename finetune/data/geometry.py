@@ -23,6 +23,8 @@ class Geometry:
     """Top and left of the crop in the scaled picture"""
     target: tuple[int, int]
     """Height and width of the crop: what the model sees"""
+    mirrored: bool = False
+    """The picture is mirrored first: the crop is one of its mirror image"""
 
     @property
     def scale(self) -> float:

@@ -5,6 +5,7 @@ Every file is decoded whole: `PIL.Image.verify` passes a truncated JPEG. Nothing
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import warnings
@@ -71,6 +72,8 @@ class Facts:
     """Some pixels were (partly) transparent; they lie on the background colour now."""
     notes: tuple[str, ...] = ()
     """What is odd about the file and did not prevent its use."""
+    digest: str = ""
+    """SHA-256 of the pixels as they are trained (upright, sRGB, on the background) and of their size."""
 
 
 def decode(path: Path, background: str = "white") -> tuple[Image.Image, Facts]:
@@ -97,7 +100,14 @@ def decode(path: Path, background: str = "white") -> tuple[Image.Image, Facts]:
             notes.append(f"entirely transparent: nothing but the background ({background}) is left")
         picture = Image.composite(picture, Image.new("RGB", picture.size, behind), alpha)
     picture.info = {}  # no camera, place or profile goes further
-    return picture, Facts(picture.height, picture.width, turned, transparent, tuple(dict.fromkeys(notes)))
+    facts = Facts(picture.height, picture.width, turned, transparent, tuple(dict.fromkeys(notes)), _digest(picture))
+    return picture, facts
+
+
+def _digest(picture: Image.Image) -> str:
+    hashed = hashlib.sha256(f"{picture.width} x {picture.height} {picture.mode}".encode())
+    hashed.update(np.asarray(picture).data)
+    return hashed.hexdigest()
 
 
 def colour(name: str) -> tuple[int, int, int]:
