@@ -1,72 +1,112 @@
-"""What the denoiser trains on, computed once: latents of the pictures, conditions of the captions."""
+"""What the denoiser trains on, computed once and kept: latents of the pictures, conditions of the captions.
+
+Nothing here is known by a name: a picture's latents are found by its pixels, its view and the VAE's weights, a caption's
+conditions by its text and the text encoders' weights. What has changed is computed again, and only that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from finetune.data import Example, pixels
+from finetune.data import cache
+from finetune.data.cache import Store
+from finetune.data.examples import Item, pixels
+from finetune.data.geometry import Geometry
+from finetune.data.masks import weights as mask_weights
 from finetune.errors import Fault
 from finetune.families import Conditions, Family, denoiser, modules, release, text_encoders
 
-Track = Callable[[Sequence[Example], str], Iterable[Example]]
-"""Goes through the pictures and shows how far it is."""
+Track = Callable[[Sequence[Any], str], Iterator[Any]]
+"""Goes through the items and shows how far it is."""
+WORKERS = 4
+"""Threads that decode and scale pictures ahead of the VAE."""
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One picture as the denoiser sees it. Its latents are mean + std * noise, drawn anew each step."""
+class Turn:
+    """This process's share of work that several do: every `world`th piece, and how it waits for the others."""
 
-    example: Example
-    mean: Tensor
-    """(C, H/f, W/f)"""
-    std: Tensor
-    """(C, H/f, W/f)"""
-    size: Tensor
-    """(6,), see `Geometry`"""
+    rank: int = 0
+    world: int = 1
+    wait: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
 class Encodings:
     """All that a run trains on."""
 
-    subjects: list[Encoded]
-    companions: list[Encoded]
+    subjects: Sequence[Item]
+    companions: Sequence[Item]
     """Class pictures for prior preservation; may be empty."""
-    conditions: dict[str, Conditions] | None
-    """Each caption's conditions, (1, ...); None while a text encoder is being trained."""
+    pictures: Store
+    texts: Store | None
+    """None while a text encoder is being trained."""
+    vae: str
+    """Fingerprint of the VAE"""
+    encoders: str
+    """Fingerprint of the text encoders and tokenizers"""
+    built: dict[str, int] = field(default_factory=dict, compare=False)
+    """Number of entries that had to be computed, by kind; the rest was there."""
+
+    def latents(self, item: Item, view: Geometry) -> tuple[Tensor, Tensor]:
+        """Mean and std of a view's latents, each (C, H/f, W/f) float32. A step's are mean + std * noise."""
+        entry = self.pictures.get(_picture_key(item, view, self.vae))
+        return entry["mean"], entry["std"]
+
+    def mask(self, item: Item, view: Geometry) -> Tensor | None:
+        """What of a view is trained: (1, H/f, W/f) in [0, 1]; None for all of it."""
+        if item.example.mask is None:
+            return None
+        mean, _ = self.latents(item, view)
+        return mask_weights(item.example, view, (mean.shape[1], mean.shape[2]))
+
+    def conditions(self, caption: str) -> Conditions:
+        """The conditions of a caption, (1, ...)."""
+        assert self.texts is not None
+        return self.texts.get(_text_key(caption, self.encoders))
 
 
 def encode(
     family: Family,
-    subjects: Sequence[Example],
-    companions: Sequence[Example],
-    resolution: int,
-    background: str,
-    track: Track = lambda examples, _: examples,
+    subjects: Sequence[Item],
+    companions: Sequence[Item],
+    stores: tuple[Store, Store],
+    background: str = "white",
+    track: Track = lambda items, _: iter(items),
+    turn: Turn | None = None,
 ) -> Encodings:
-    """Encode everything once, then drop what is not needed any more: the VAE, and the text encoders unless they train.
+    """Encode what the stores (of pictures, of texts) do not hold, then drop what is not needed any more from memory:
+    the VAE, and the text encoders unless they train.
 
     Raises Fault when a picture's latents are not finite (half-precision VAEs overflow).
     """
-    examples = [*subjects, *companions]
-    encoded = [_latents(family, example, resolution, background) for example in track(examples, "encode pictures")]
+    turn, (pictures, texts) = turn or Turn(), stores
+    items = [*subjects, *companions]
+    vae, encoders = _vae_fingerprint(family), _encoders_fingerprint(family)
+    built = {"pictures": _encode_pictures(family, items, pictures, vae, background, track, turn)}
     trained = any(p.requires_grad for encoder in text_encoders(family).values() for p in encoder.parameters())
-    conditions = None if trained else prompts(family, [example.caption for example in examples])
+    if not trained:
+        captions = dict.fromkeys(caption for item in items for caption in item.captions)
+        built["captions"] = encode_texts(family, list(captions), texts, track, turn)
     release_frozen(family)
-    return Encodings(encoded[: len(subjects)], encoded[len(subjects) :], conditions)
+    return Encodings(subjects, companions, pictures, None if trained else texts, vae, encoders, built)
 
 
-def prompts(family: Family, captions: Iterable[str]) -> dict[str, Conditions]:
-    """The conditions of each distinct caption, (1, ...), on the CPU. One at a time: equal whatever stands beside it."""
-    with torch.no_grad():
-        return {
-            caption: {name: value.cpu() for name, value in family.encode_prompts([caption]).items()}
-            for caption in dict.fromkeys(captions)
-        }
+def encode_texts(family: Family, captions: Sequence[str], store: Store, track: Track, turn: Turn) -> int:
+    """Each caption's conditions, one at a time: equal whatever stands beside it. The number that had to be computed."""
+    encoders = _encoders_fingerprint(family)
+
+    def conditions(caption: str) -> Conditions:
+        with torch.no_grad():
+            return {name: value.cpu() for name, value in family.encode_prompts([caption]).items()}
+
+    wanted = [(_text_key(caption, encoders), caption) for caption in captions]
+    return _build(store, wanted, lambda caption: caption, conditions, "encode captions", track, turn)
 
 
 def release_frozen(family: Family) -> None:
@@ -76,12 +116,69 @@ def release_frozen(family: Family) -> None:
             release(family, name)
 
 
-def _latents(family: Family, example: Example, resolution: int, background: str) -> Encoded:
-    picture, geometry = pixels(example, resolution, background)
-    mean, std = (value[0].cpu() for value in family.encode_pictures(picture[None]))
-    if not (mean.isfinite().all() and std.isfinite().all()):
-        raise Fault(
-            f"{example.path}: its latents are not finite: the VAE overflows in this precision. "
-            "Use a VAE made for half precision, or --precision fp32."
-        )
-    return Encoded(example, mean, std, geometry.tensor())
+def _encode_pictures(
+    family: Family, items: Sequence[Item], store: Store, vae: str, background: str, track: Track, turn: Turn
+) -> int:
+    wanted = {_picture_key(item, view, vae): (item, view) for item in items for view in item.views}
+
+    def load(job: tuple[Item, Geometry]) -> tuple[Item, Tensor]:
+        item, view = job
+        return item, pixels(item.example, view, background)
+
+    def latents(loaded: tuple[Item, Tensor]) -> dict[str, Tensor]:
+        item, picture = loaded
+        mean, std = (value[0].cpu() for value in family.encode_pictures(picture[None]))
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            raise Fault(
+                f"{item.example.path}: its latents are not finite: the VAE overflows in this precision. "
+                "Use a VAE made for half precision, or --precision fp32."
+            )
+        return {"mean": mean, "std": std}
+
+    return _build(store, list(wanted.items()), load, latents, "encode pictures", track, turn)
+
+
+def _build(
+    store: Store,
+    wanted: Sequence[tuple[str, Any]],
+    load: Callable[[Any], Any],
+    encode: Callable[[Any], dict[str, Tensor]],
+    what: str,
+    track: Track,
+    turn: Turn,
+) -> int:
+    """Compute this process's share of what is missing, and wait for the others'."""
+    missing = [pair for pair in wanted if pair[0] not in store]
+    mine = missing[turn.rank :: turn.world]
+    shown = track(mine, what) if mine else iter(())
+    cache.build(store, shown, load, encode, WORKERS)
+    store.flush()
+    turn.wait()
+    store.refresh()
+    return len(missing)
+
+
+def _picture_key(item: Item, view: Geometry, vae: str) -> str:
+    facts = item.example.facts
+    assert facts is not None, "examples are made by `data.read`, which looks at each picture"
+    return cache.key("latents", facts.digest, view.crop, view.target, view.mirrored, vae)
+
+
+def _text_key(caption: str, encoders: str) -> str:
+    return cache.key("text", caption, encoders)
+
+
+def _vae_fingerprint(family: Family) -> str:
+    vae = family.pipeline.vae
+    return cache.fingerprint(vae, vae.config.scaling_factor, getattr(vae.config, "shift_factor", None))
+
+
+def _encoders_fingerprint(family: Family) -> str:
+    parts: list[str] = []
+    for name, encoder in text_encoders(family).items():
+        tokenizer: Any = getattr(family.pipeline, name.replace("text_encoder", "tokenizer"))
+        words = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer)
+        parts.append(cache.fingerprint(encoder, words))
+    return cache.key(*parts)
+
+
