@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +56,19 @@ def lora(family: Family, adapter: Adapter, lr: float, text_encoder_lr: float | N
             module.add_adapter(config, NAME)
         cast_training_params(module, torch.float32)
     return _groups(family, lr, text_encoder_lr)
+
+
+@contextmanager
+def off(family: Family) -> Iterator[None]:
+    """Inside, the adapter does nothing: the model is the frozen base."""
+    adapted = [part for part in families.modules(family).values() if getattr(part, "peft_config", None)]
+    for part in adapted:
+        part.disable_adapters()
+    try:
+        yield
+    finally:
+        for part in adapted:
+            part.enable_adapters()
 
 
 def full(family: Family, lr: float, text_encoder_lr: float | None) -> list[Group]:

@@ -13,19 +13,35 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from finetune import families, keys, optim
+from finetune import adapters, families, keys, optim
 from finetune.adapters import Group
-from finetune.data.encoding import Encoded, Encodings
+from finetune.data.encoding import Encodings
+from finetune.data.examples import Example, Item
+from finetune.data.geometry import Geometry
 from finetune.data.order import Draw, Order
 from finetune.errors import Failure
 from finetune.families import Conditions, Family
 from finetune.objective import loss_per_picture
-from finetune.settings import Optim, Train
+from finetune.settings import Loss, Optim, Train
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture with its draws."""
+
+    example: Example
+    view: Geometry
+    caption: str
+    latents: Tensor  # (C, h, w)
+    noise: Tensor  # (C, h, w)
+    timestep: int
+    mask: Tensor  # (1, h, w)
+    lesson: Tensor | None  # (C, h, w) the frozen base's prediction, where it was asked beforehand
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one pass, each with its own draws."""
+    """Pictures of one size that go through the denoiser together, each with its own draws."""
 
     captions: list[str]
     latents: Tensor  # (B, C, h, w)
@@ -33,6 +49,10 @@ class Batch:
     timesteps: Tensor  # (B,) int64
     sizes: Tensor  # (B, 6)
     shares: Tensor  # (B,) weight of each picture in the step's loss
+    masks: Tensor  # (B, 1, h, w) in [0, 1], 1 where a picture is trained
+    masked: Tensor  # (B,) bool: has a mask at all
+    taught: Tensor  # (B,) bool: the target is what the frozen base predicts
+    lessons: Tensor | None  # (B, C, h, w) what the base predicted, of those that are taught; None: ask it now
 
 
 @dataclass(frozen=True)
@@ -52,26 +72,51 @@ class Report:
 class PictureLoss(nn.Module):
     """Loss of each picture, (B,). Holds the modules that train, so that one wrapper serves all (autocast, DDP)."""
 
-    def __init__(self, family: Family, conditions: dict[str, Conditions] | None, min_snr_gamma: float | None) -> None:
+    def __init__(self, family: Family, data: Encodings, settings: Loss) -> None:
         super().__init__()
         self.parts = nn.ModuleDict(families.modules(family))
-        self.family, self.objective = family, family.objective()
-        self.conditions, self.min_snr_gamma = conditions, min_snr_gamma
+        self.family, self.objective, self.data, self.settings = family, family.objective(), data, settings
 
     def forward(self, batch: Batch) -> Tensor:
-        """L = w(t) * mean((prediction(x_t, t, caption) - target)^2) for each picture."""
-        t = batch.timesteps
+        """L = w(t) * (mean(m * (prediction - target)^2) + u * mean((1 - mask) * (prediction - base)^2)), each picture.
+
+        m is 1 inside a picture's mask and `unmasked_weight` outside, base the frozen base's prediction and u
+        `unmasked_prior`. Where a picture is taught, the base's prediction is the target (prior preservation without
+        class pictures).
+        """
+        t, settings = batch.timesteps, self.settings
         noised = self.objective.noised(batch.latents, batch.noise, t)
+        held = batch.masked & (settings.unmasked_prior > 0)
+        base = self._base(batch, noised, batch.taught | held)
         prediction = self.family.predict(noised, t, self._conditions(batch.captions, t.device), batch.sizes)
-        loss = loss_per_picture(prediction, self.objective.target(batch.latents, batch.noise, t))
-        if self.min_snr_gamma is not None:
-            loss = loss * self.objective.min_snr(t, self.min_snr_gamma)
+        target = torch.where(_per_picture(batch.taught), base, self.objective.target(batch.latents, batch.noise, t))
+        inside = batch.masks + settings.unmasked_weight * (1 - batch.masks)
+        loss = loss_per_picture(prediction, target, inside)
+        if held.any():
+            outside = (1 - batch.masks) * _per_picture(held)
+            loss = loss + settings.unmasked_prior * loss_per_picture(prediction, base, outside)
+        if settings.min_snr_gamma is not None:
+            loss = loss * self.objective.min_snr(t, settings.min_snr_gamma)
         return loss
 
+    def _base(self, batch: Batch, noised: Tensor, wanted: Tensor) -> Tensor:
+        """What the frozen base predicts of the wanted pictures; zeros for the others."""
+        base = torch.zeros_like(batch.latents)
+        if batch.lessons is not None:
+            base[batch.taught] = batch.lessons
+            wanted = wanted & ~batch.taught
+        if wanted.any():
+            captions = [caption for caption, one in zip(batch.captions, wanted.tolist(), strict=True) if one]
+            with torch.no_grad(), adapters.off(self.family):
+                conditions = self._conditions(captions, noised.device)
+                told = batch.timesteps[wanted], conditions, batch.sizes[wanted]
+                base[wanted] = self.family.predict(noised[wanted], *told).to(base.dtype)
+        return base
+
     def _conditions(self, captions: list[str], device: torch.device) -> Conditions:
-        if self.conditions is None:
+        if self.data.texts is None:
             return self.family.encode_prompts(captions)
-        known = [self.conditions[caption] for caption in captions]
+        known = [self.data.conditions(caption) for caption in captions]
         return {name: torch.cat([each[name] for each in known]).to(device) for name in known[0]}
 
 
@@ -81,32 +126,63 @@ class Batches:
     def __init__(self, data: Encodings, order: Order, timesteps: int, device: torch.device) -> None:
         self.data, self.order, self.timesteps, self.device = data, order, timesteps, device
 
-    def make(self, step: int, number: int, parts: int) -> Batch:
-        """One of `parts` equal shares of a step."""
-        seed = self.order.seed
-        draws = self.order.part(step, number, parts)
-        pictures = [self._picture(draw) for draw in draws]
-        shape = tuple(pictures[0].mean.shape)
-        latents = [
-            picture.mean + picture.std * keys.normal(shape, seed, "latents", step, draw.slot)
-            for picture, draw in zip(pictures, draws, strict=True)
-        ]
-        return Batch(
-            captions=[picture.example.caption for picture in pictures],
-            latents=torch.stack(latents).to(self.device),
-            noise=torch.stack([keys.normal(shape, seed, "noise", step, d.slot) for d in draws]).to(self.device),
-            timesteps=torch.tensor([keys.integer(0, self.timesteps, seed, "timestep", step, d.slot) for d in draws]).to(
-                self.device
-            ),
-            sizes=torch.stack([picture.size for picture in pictures]).to(self.device),
-            shares=torch.tensor([p.example.weight / self.order.batch for p in pictures]).to(self.device),
-        )
+    def make(self, step: int, number: int, parts: int) -> list[Batch]:
+        """One of `parts` equal shares of a step, size by size."""
+        sizes: dict[tuple[int, int], list[Draw]] = {}
+        for draw in self.order.part(step, number, parts):
+            sizes.setdefault(self._item(draw).size, []).append(draw)
+        return [self._batch(step, draws) for draws in sizes.values()]
 
     def names(self, step: int) -> list[str]:
-        """The files of a step's pictures, for messages."""
-        return [self._picture(draw).example.path.name for draw in self.order.step(step)]
+        """The pictures of a step with the captions that they were shown with, for messages."""
+        seen = [
+            (item, self._caption(item, step, draw.slot))
+            for draw in self.order.step(step)
+            for item in [self._item(draw)]
+        ]
+        return [f'{item.example.name}: "{caption}"' for item, caption in seen]
 
-    def _picture(self, draw: Draw) -> Encoded:
+    def _batch(self, step: int, draws: Sequence[Draw]) -> Batch:
+        pictures = [self._picture(self._item(draw), step, draw.slot) for draw in draws]
+        lessons = [picture.lesson for picture in pictures if picture.lesson is not None]
+        return Batch(
+            captions=[picture.caption for picture in pictures],
+            latents=torch.stack([picture.latents for picture in pictures]).to(self.device),
+            noise=torch.stack([picture.noise for picture in pictures]).to(self.device),
+            timesteps=torch.tensor([picture.timestep for picture in pictures]).to(self.device),
+            sizes=torch.stack([picture.view.tensor() for picture in pictures]).to(self.device),
+            shares=torch.tensor([picture.example.weight / self.order.batch for picture in pictures]).to(self.device),
+            masks=torch.stack([picture.mask for picture in pictures]).to(self.device),
+            masked=torch.tensor([picture.example.mask is not None for picture in pictures]).to(self.device),
+            taught=torch.tensor([picture.example.taught for picture in pictures]).to(self.device),
+            lessons=torch.stack(lessons).to(self.device) if lessons else None,
+        )
+
+    def _picture(self, item: Item, step: int, slot: int) -> Picture:
+        """All draws of one picture. What the base has been asked about beforehand keeps the draws of its lesson."""
+        seed, example = self.order.seed, item.example
+        place: tuple[keys.Index, ...] = (step, slot) if example.lesson is None else ("lesson", example.lesson)
+        view = item.views[keys.integer(0, len(item.views), seed, "view", *place)]
+        mean, std = self.data.latents(item, view)
+        shape = tuple(mean.shape)
+        mask = self.data.mask(item, view)
+        return Picture(
+            example,
+            view,
+            self._caption(item, *place),
+            mean + std * keys.normal(shape, seed, "latents", *place),
+            keys.normal(shape, seed, "noise", *place),
+            keys.integer(0, self.timesteps, seed, "timestep", *place),
+            torch.ones(1, *shape[1:]) if mask is None else mask,
+            None if example.lesson is None else self.data.lesson(example.lesson),
+        )
+
+    def _caption(self, item: Item, *place: keys.Index) -> str:
+        if keys.uniform(self.order.seed, "caption dropout", *place) < self.data.caption_dropout:
+            return ""
+        return item.captions[keys.integer(0, len(item.captions), self.order.seed, "caption", *place)]
+
+    def _item(self, draw: Draw) -> Item:
         return (self.data.subjects if draw.kind == "subject" else self.data.companions)[draw.index]
 
 
@@ -116,6 +192,7 @@ def fit(
     data: Encodings,
     train: Train,
     settings: Optim,
+    loss: Loss,
     accelerator: Accelerator,
 ) -> Iterator[Report]:
     """Train, yielding after each step. The loss is a sum over the step's pictures of share * loss.
@@ -127,8 +204,8 @@ def fit(
     Raises Failure, before anything is changed, when a step's loss or gradient is not finite.
     """
     parts = train.accumulation * accelerator.num_processes
-    order = Order(len(data.subjects), len(data.companions), train.batch_size * parts, train.seed)
-    model = PictureLoss(family, data.conditions, train.min_snr_gamma).to(accelerator.device)
+    order = Order(data.subjects, data.companions, train.batch_size * parts, train.seed)
+    model = PictureLoss(family, data, loss).to(accelerator.device)
     optimizer = optim.optimizer(list(groups), settings, accelerator.device)
     scheduler = optim.schedule(optimizer, settings, train.steps)
     batches = Batches(data, order, model.objective.timesteps, accelerator.device)
@@ -139,24 +216,24 @@ def fit(
     model.train()
     for step in range(train.steps):
         start, lr = time.perf_counter(), float(scheduler.get_last_lr()[0])
-        loss = _accumulate(model, batches, step, train, accelerator)
+        value = _accumulate(model, batches, step, train, accelerator)
         norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
-        _require_finite(loss, norm, step, batches, accelerator)
+        _require_finite(value, norm, step, batches, accelerator)
         optimizer.step()
         optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:
             scheduler.step()
-        yield Report(step + 1, loss, norm, lr, time.perf_counter() - start)
+        yield Report(step + 1, value, norm, lr, time.perf_counter() - start)
 
 
 def _accumulate(model: nn.Module, batches: Batches, step: int, train: Train, accelerator: Accelerator) -> float:
     """Add up the gradients of a step's passes; the loss of the whole step, over all processes."""
     world, rank = accelerator.num_processes, accelerator.process_index
+    parts = [number * world + rank for number in range(train.accumulation)]
+    passes = [(part, batch) for part in parts for batch in batches.make(step, part, train.accumulation * world)]
     total = torch.zeros((), device=accelerator.device)
-    for number in range(train.accumulation):
-        part = number * world + rank
-        batch = batches.make(step, part, train.accumulation * world)
-        last = number == train.accumulation - 1
+    for number, (part, batch) in enumerate(passes):
+        last = number == len(passes) - 1
         with nullcontext() if last else accelerator.no_sync(model), keys.seeded(train.seed, "forward", step, part):
             loss = (batch.shares * model(batch)).sum()
             accelerator.backward(loss * world)  # the processes' gradients are averaged, the loss is a sum
@@ -173,6 +250,11 @@ def _require_finite(loss: float, norm: float, step: int, batches: Batches, accel
         "Try a lower --lr, or --precision fp32. The pictures of this step:",
         batches.names(step),
     )
+
+
+def _per_picture(values: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1)"""
+    return values[:, None, None, None]
 
 
 def _checkpoint_activations(family: Family) -> None:

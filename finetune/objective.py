@@ -90,6 +90,11 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: Prediction) -> Tensor:
     return clipped / snr if prediction == "epsilon" else clipped / (snr + 1)
 
 
-def loss_per_picture(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each picture, (B,), in float32 whatever the inputs' precision."""
-    return torch.nn.functional.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
+def loss_per_picture(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean squared error of each picture, (B,), in float32 whatever the inputs' precision.
+
+    With weights (B, 1, H, W), a mask: mean(m * (prediction - target)^2), the mean over all of the picture, so that a
+    small mask means a small loss and the area inside is learned at the same rate whatever lies around it.
+    """
+    error = torch.nn.functional.mse_loss(prediction.float(), target.float(), reduction="none")
+    return (error if weights is None else error * weights).flatten(1).mean(1)

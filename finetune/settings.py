@@ -88,10 +88,6 @@ class Data:
     """Folder of masks, one of the same name for a picture: white is trained, black is not."""
     alpha_masks: bool = False
     """Take a picture's own transparency as its mask."""
-    unmasked_weight: float = 0.0
-    """Weight of the loss outside the mask."""
-    unmasked_prior: float = 0.0
-    """Outside the mask, hold the model to what the frozen base predicts, with this weight (LoRA only)."""
     cache: Path | None = None
     """Where latents and text embeddings are kept between runs. Default: below $FINETUNE_CACHE or ~/.cache/finetune."""
     use_cache: bool = True
@@ -209,12 +205,22 @@ class Train:
     """Precision of the forward and backward pass. Trained weights stay fp32; fp16 needs a GPU."""
     seed: int = 0
     """Every draw of the run follows from it."""
-    min_snr_gamma: float | None = None
-    """Min-SNR loss weighting (Hang et al. 2023, 2303.09556); 5 is usual. Default: no weighting."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_every: int = 0
     """Save what was trained every so many steps, beside the end's. 0: only the end's."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the loss weighs how much."""
+
+    min_snr_gamma: float | None = None
+    """Min-SNR loss weighting (Hang et al. 2023, 2303.09556); 5 is usual. Default: no weighting."""
+    unmasked_weight: float = 0.0
+    """Weight of the loss outside the masks; 1 ignores them."""
+    unmasked_prior: float = 0.0
+    """Outside the masks, hold the model with this weight to what the frozen base predicts there (LoRA only)."""
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,10 @@ class Encodings:
     """Fingerprint of the VAE"""
     encoders: str
     """Fingerprint of the text encoders and tokenizers"""
+    caption_dropout: float = 0.0
+    """Share of the draws whose caption is the empty prompt"""
+    lessons: Sequence[Tensor] = ()
+    """What the frozen base predicted at the fixed draws of each lesson, each (C, H/f, W/f)"""
     built: dict[str, int] = field(default_factory=dict, compare=False)
     """Number of entries that had to be computed, by kind; the rest was there."""
 
@@ -64,6 +68,9 @@ class Encodings:
             return None
         mean, _ = self.latents(item, view)
         return mask_weights(item.example, view, (mean.shape[1], mean.shape[2]))
+
+    def lesson(self, number: int) -> Tensor:
+        return self.lessons[number]
 
     def conditions(self, caption: str) -> Conditions:
         """The conditions of a caption, (1, ...)."""
@@ -180,5 +187,3 @@ def _encoders_fingerprint(family: Family) -> str:
         words = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer)
         parts.append(cache.fingerprint(encoder, words))
     return cache.key(*parts)
-
-

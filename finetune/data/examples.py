@@ -36,6 +36,10 @@ class Example:
     """The point (x, y) that a crop keeps in view, as shares of width and height."""
     mask: Path | None = None
     """A picture whose white is trained; the example's own file where its alpha channel is the mask."""
+    taught: bool = False
+    """Its target is not the noise but what the frozen base predicts: prior preservation without class pictures."""
+    lesson: int | None = None
+    """Taught from one noise and timestep, number so and so, at which the base was asked before the training."""
     own_caption: bool = field(default=False, compare=False)
     """The captions are the picture's own, not the prompt for all."""
     facts: Facts | None = field(default=None, compare=False, repr=False)
