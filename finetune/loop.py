@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,44 +15,13 @@ from torch import Tensor, nn
 
 from finetune import adapters, families, keys, optim
 from finetune.adapters import Group
+from finetune.batches import Batch, Batches
 from finetune.data.encoding import Encodings
-from finetune.data.examples import Example, Item
-from finetune.data.geometry import Geometry
-from finetune.data.order import Draw, Order
+from finetune.data.order import Order
 from finetune.errors import Failure
 from finetune.families import Conditions, Family
 from finetune.objective import loss_per_picture
 from finetune.settings import Loss, Optim, Train
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture with its draws."""
-
-    example: Example
-    view: Geometry
-    caption: str
-    latents: Tensor  # (C, h, w)
-    noise: Tensor  # (C, h, w)
-    timestep: int
-    mask: Tensor  # (1, h, w)
-    lesson: Tensor | None  # (C, h, w) the frozen base's prediction, where it was asked beforehand
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pictures of one size that go through the denoiser together, each with its own draws."""
-
-    captions: list[str]
-    latents: Tensor  # (B, C, h, w)
-    noise: Tensor  # (B, C, h, w)
-    timesteps: Tensor  # (B,) int64
-    sizes: Tensor  # (B, 6)
-    shares: Tensor  # (B,) weight of each picture in the step's loss
-    masks: Tensor  # (B, 1, h, w) in [0, 1], 1 where a picture is trained
-    masked: Tensor  # (B,) bool: has a mask at all
-    taught: Tensor  # (B,) bool: the target is what the frozen base predicts
-    lessons: Tensor | None  # (B, C, h, w) what the base predicted, of those that are taught; None: ask it now
 
 
 @dataclass(frozen=True)
@@ -87,7 +56,7 @@ class PictureLoss(nn.Module):
         t, settings = batch.timesteps, self.settings
         noised = self.objective.noised(batch.latents, batch.noise, t)
         held = batch.masked & (settings.unmasked_prior > 0)
-        base = self._base(batch, noised, batch.taught | held)
+        base = self.base(batch, noised, batch.taught | held)
         prediction = self.family.predict(noised, t, self._conditions(batch.captions, t.device), batch.sizes)
         target = torch.where(_per_picture(batch.taught), base, self.objective.target(batch.latents, batch.noise, t))
         inside = batch.masks + settings.unmasked_weight * (1 - batch.masks)
@@ -99,8 +68,8 @@ class PictureLoss(nn.Module):
             loss = loss * self.objective.min_snr(t, settings.min_snr_gamma)
         return loss
 
-    def _base(self, batch: Batch, noised: Tensor, wanted: Tensor) -> Tensor:
-        """What the frozen base predicts of the wanted pictures; zeros for the others."""
+    def base(self, batch: Batch, noised: Tensor, wanted: Tensor) -> Tensor:
+        """What the frozen base predicts of the wanted pictures (B,); zeros for the others. (B, C, h, w)"""
         base = torch.zeros_like(batch.latents)
         if batch.lessons is not None:
             base[batch.taught] = batch.lessons
@@ -118,72 +87,6 @@ class PictureLoss(nn.Module):
             return self.family.encode_prompts(captions)
         known = [self.data.conditions(caption) for caption in captions]
         return {name: torch.cat([each[name] for each in known]).to(device) for name in known[0]}
-
-
-class Batches:
-    """The pictures of a pass with their noise and timesteps, every number drawn from (seed, purpose, step, slot)."""
-
-    def __init__(self, data: Encodings, order: Order, timesteps: int, device: torch.device) -> None:
-        self.data, self.order, self.timesteps, self.device = data, order, timesteps, device
-
-    def make(self, step: int, number: int, parts: int) -> list[Batch]:
-        """One of `parts` equal shares of a step, size by size."""
-        sizes: dict[tuple[int, int], list[Draw]] = {}
-        for draw in self.order.part(step, number, parts):
-            sizes.setdefault(self._item(draw).size, []).append(draw)
-        return [self._batch(step, draws) for draws in sizes.values()]
-
-    def names(self, step: int) -> list[str]:
-        """The pictures of a step with the captions that they were shown with, for messages."""
-        seen = [
-            (item, self._caption(item, step, draw.slot))
-            for draw in self.order.step(step)
-            for item in [self._item(draw)]
-        ]
-        return [f'{item.example.name}: "{caption}"' for item, caption in seen]
-
-    def _batch(self, step: int, draws: Sequence[Draw]) -> Batch:
-        pictures = [self._picture(self._item(draw), step, draw.slot) for draw in draws]
-        lessons = [picture.lesson for picture in pictures if picture.lesson is not None]
-        return Batch(
-            captions=[picture.caption for picture in pictures],
-            latents=torch.stack([picture.latents for picture in pictures]).to(self.device),
-            noise=torch.stack([picture.noise for picture in pictures]).to(self.device),
-            timesteps=torch.tensor([picture.timestep for picture in pictures]).to(self.device),
-            sizes=torch.stack([picture.view.tensor() for picture in pictures]).to(self.device),
-            shares=torch.tensor([picture.example.weight / self.order.batch for picture in pictures]).to(self.device),
-            masks=torch.stack([picture.mask for picture in pictures]).to(self.device),
-            masked=torch.tensor([picture.example.mask is not None for picture in pictures]).to(self.device),
-            taught=torch.tensor([picture.example.taught for picture in pictures]).to(self.device),
-            lessons=torch.stack(lessons).to(self.device) if lessons else None,
-        )
-
-    def _picture(self, item: Item, step: int, slot: int) -> Picture:
-        """All draws of one picture. What the base has been asked about beforehand keeps the draws of its lesson."""
-        seed, example = self.order.seed, item.example
-        place: tuple[keys.Index, ...] = (step, slot) if example.lesson is None else ("lesson", example.lesson)
-        view = item.views[keys.integer(0, len(item.views), seed, "view", *place)]
-        mean, std = self.data.latents(item, view)
-        shape = tuple(mean.shape)
-        mask = self.data.mask(item, view)
-        return Picture(
-            example,
-            view,
-            self._caption(item, *place),
-            mean + std * keys.normal(shape, seed, "latents", *place),
-            keys.normal(shape, seed, "noise", *place),
-            keys.integer(0, self.timesteps, seed, "timestep", *place),
-            torch.ones(1, *shape[1:]) if mask is None else mask,
-            None if example.lesson is None else self.data.lesson(example.lesson),
-        )
-
-    def _caption(self, item: Item, *place: keys.Index) -> str:
-        if keys.uniform(self.order.seed, "caption dropout", *place) < self.data.caption_dropout:
-            return ""
-        return item.captions[keys.integer(0, len(item.captions), self.order.seed, "caption", *place)]
-
-    def _item(self, draw: Draw) -> Item:
-        return (self.data.subjects if draw.kind == "subject" else self.data.companions)[draw.index]
 
 
 def fit(
@@ -224,6 +127,20 @@ def fit(
         if not accelerator.optimizer_step_was_skipped:
             scheduler.step()
         yield Report(step + 1, value, norm, lr, time.perf_counter() - start)
+
+
+def ask(family: Family, data: Encodings, seed: int, accelerator: Accelerator) -> Encodings:
+    """Ask the base, before anything has trained, for its prediction at each lesson's own noise and timestep."""
+    model = PictureLoss(family, data, Loss()).to(accelerator.device)
+    batches = Batches(data, Order(data.companions, (), 1, seed), model.objective.timesteps, accelerator.device)
+    lessons: dict[int, Tensor] = {}
+    for item in data.companions:
+        if item.example.lesson is not None:
+            batch = batches.lesson(item)
+            noised = model.objective.noised(batch.latents, batch.noise, batch.timesteps)
+            with accelerator.autocast():
+                lessons[item.example.lesson] = model.base(batch, noised, batch.taught)[0].cpu()
+    return replace(data, lessons=lessons)
 
 
 def _accumulate(model: nn.Module, batches: Batches, step: int, train: Train, accelerator: Accelerator) -> float:

@@ -1,183 +1,137 @@
-"""Class pictures for prior preservation: drawn by the frozen base, seeded, kept and topped up, never drawn twice."""
+"""Prior preservation (Ruiz et al. 2022, 2208.12242, section 3.3): what is trained beside the subject to keep its class.
+
+Three ways to the same end: class pictures that the frozen base draws, the user's own, or none at all: the subject's own
+pictures under the class prompt, held to what the frozen base predicts of them.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import cycle, islice
 
-from filelock import FileLock
-
-from finetune import data, families, keys
+from finetune import class_pictures, data
+from finetune.class_pictures import Track
 from finetune.data import Example
 from finetune.errors import Fault
 from finetune.families import Family, Source
-from finetune.pictures import save_png
-from finetune.sampling import sample
-from finetune.settings import Prior
-
-BATCH = 4
-RECORD = "pictures.json"
-Track = Callable[[Sequence[list[int]], str], Iterator[list[int]]]
-"""Goes through the items and shows how far it is."""
-log = logging.getLogger(__name__)
+from finetune.settings import Concept, Data, Prior
 
 
-def check(settings: Prior) -> None:
+def check(settings: Prior, read: Data, subjects: Sequence[Example]) -> None:
     """Refuse, before a model is loaded, what prior preservation cannot work with."""
     if not settings.prior:
         return
-    if not settings.class_prompt:
-        raise Fault(
-            "prior preservation needs --class-prompt, what the subject is one of "
-            '(e.g. "a photo of a dog"): the caption of the class pictures. --no-prior trains without them.'
-        )
     if settings.prior_weight < 0:
         raise Fault(f"--prior-weight {settings.prior_weight:g}: a weight is not negative; 1 is usual.")
-    if settings.class_data is not None:
-        data.read_plain(settings.class_data, settings.class_prompt)
-    elif settings.class_images < 1 or settings.class_steps < 1:
+    drawn = [concept for concept in _concepts(settings, read) if concept.class_data is None]
+    if drawn and settings.prior_from == "pictures" and min(settings.class_images, settings.class_steps) < 1:
         raise Fault(
             f"--class-images {settings.class_images}, --class-steps {settings.class_steps}: at least one of each; "
             "--no-prior trains without class pictures."
         )
+    for number, concept in enumerate(_concepts(settings, read)):
+        own = [example for example in subjects if example.concept == number]
+        prompts = _class_prompts(settings, concept, own)
+        if concept.class_data is not None:
+            data.read_plain(concept.class_data, prompts[0])
 
 
 def examples(
-    family: Family, source: Source, settings: Prior, seed: int, resolution: int, track: Track
+    family: Family,
+    source: Source,
+    settings: Prior,
+    read: Data,
+    subjects: Sequence[Example],
+    seed: int,
+    resolution: int,
+    track: Track,
 ) -> list[Example]:
-    """The class pictures as examples with the class prompt and the prior's weight; none without prior preservation.
-
-    Exactly `class_images` of those that are drawn, in their order; all of the user's own folder.
-    """
+    """What goes beside the subjects, concept by concept, with the class prompts and the prior's weight."""
     if not settings.prior:
         return []
-    check(settings)
-    folder = class_pictures(family, source, settings, seed, resolution, track)
-    found = data.read_plain(folder, settings.class_prompt or "", settings.prior_weight)
-    if settings.class_data is not None:
-        return found
-    wanted = {_file(index) for index in range(settings.class_images)}
-    return [example for example in found if example.path.name in wanted]
+    found: list[Example] = []
+    for number, concept in enumerate(_concepts(settings, read)):
+        own = [example for example in subjects if example.concept == number]
+        prompts = _class_prompts(settings, concept, own)
+        if settings.prior_from == "base":
+            beside = _taught(settings, concept, own)
+        elif concept.class_data is not None:
+            beside = data.read_plain(concept.class_data, prompts[0])
+        else:
+            drawn = class_pictures.draw(family, source, prompts, settings, seed, resolution, track)
+            beside = data.read_files(drawn, prompts[0])
+        if settings.prior_from == "pictures":
+            beside = [replace(one, captions=(prompt,)) for one, prompt in zip(beside, cycle(prompts), strict=False)]
+        found += [replace(one, concept=number, weight=settings.prior_weight * concept.weight) for one in beside]
+    return found
 
 
-def class_pictures(family: Family, source: Source, settings: Prior, seed: int, resolution: int, track: Track) -> Path:
-    """The folder with at least `class_images` class pictures, or the user's own. Call it before anything trains.
-
-    What is there already is kept; only what is missing is drawn, and what is no longer the picture that was drawn
-    (its SHA-256 is recorded) is drawn again, which is said. One process draws at a time, others wait and find it done.
-    """
-    if settings.class_data is not None:
-        return settings.class_data
-    if any(
-        parameter.requires_grad for module in families.modules(family).values() for parameter in module.parameters()
-    ):
-        raise ValueError("class pictures are the frozen base's: draw them before anything trains")
-    origin = _origin(family, source, settings, seed, resolution)
-    folder = cache() / "class-pictures" / _name(settings.class_prompt or "", origin)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        record = _read(folder, origin)
-        missing = _missing(folder, record, settings.class_images)
-        batches = [missing[start : start + BATCH] for start in range(0, len(missing), BATCH)]
-        for batch in track(batches, "class pictures") if batches else ():
-            _draw(family, folder, origin, record, batch)
-    return folder
+def lessons(companions: Sequence[Example], count: int) -> list[Example]:
+    """For a model that has no adapter to switch off: the base is asked beforehand, at `count` fixed draws in all."""
+    taught = [example for example in companions if example.taught]
+    asked = [replace(example, lesson=number) for number, example in enumerate(islice(cycle(taught), count))]
+    return [example for example in companions if not example.taught] + asked
 
 
-def cache() -> Path:
-    """Where what can be made again is kept: $FINETUNE_CACHE, else ~/.cache/finetune."""
-    return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune")
+def class_prompt(caption: str, trigger: str, word: str) -> str:
+    """A caption with its trigger replaced by the class: "a photo of sks dog" and "a photo of sks" -> "a photo of dog"."""
+    known = rf"\b{re.escape(trigger)}\b" + (rf"(?:\s+{re.escape(word)}\b)?" if word else "")
+    said = re.sub(known, word.replace("\\", r"\\"), caption)
+    return re.sub(r"(^|,)\s*,", r"\1", " ".join(said.split())).strip(" ,")
 
 
-def _origin(family: Family, source: Source, settings: Prior, seed: int, resolution: int) -> dict[str, Any]:
-    """All that the pictures follow from."""
-    scheduler = family.pipeline.scheduler
-    return {
-        "base": source.identity(),
-        "precision": str(next(families.denoiser(family).parameters()).dtype),
-        "scheduler": type(scheduler).__name__,
-        "schedule": {name: str(v) for name, v in sorted(scheduler.config.items()) if not name.startswith("_")},
-        "prompt": settings.class_prompt,
-        "resolution": resolution,
-        "steps": settings.class_steps,
-        "guidance": settings.class_guidance,
-        "seed": seed,
-    }
+def _concepts(settings: Prior, read: Data) -> list[Concept]:
+    """The run's concepts; what one leaves out is the run's own."""
+    alone = Concept(data=read.data or "", trigger=read.trigger)
+    return [
+        replace(
+            concept,
+            trigger=concept.trigger or read.trigger,
+            class_prompt=concept.class_prompt or settings.class_prompt,
+            class_data=concept.class_data or settings.class_data,
+        )
+        for concept in (read.concepts or (alone,))
+    ]
 
 
-def _name(prompt: str, origin: Mapping[str, Any]) -> str:
-    """Readable by people, and one folder for each origin."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
-    return f"{words or 'class'}-{hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]}"
+def _class_prompts(settings: Prior, concept: Concept, own: Sequence[Example]) -> tuple[str, ...]:
+    """The class prompts of a concept, one or more, as they are given or as they follow from the captions."""
+    if concept.class_prompt:
+        return concept.class_prompt
+    if settings.class_word is None:
+        raise Fault(
+            "prior preservation needs --class-prompt, what the subject is one of "
+            '(e.g. "a photo of a dog"): the caption of the class pictures. With --trigger sks --class-word dog it is '
+            "made from the captions. --no-prior trains without."
+        )
+    return tuple(dict.fromkeys(_derived(settings, concept, caption) for one in own for caption in one.captions))
 
 
-def _file(index: int) -> str:
-    return f"{index:05d}.png"
+def _derived(settings: Prior, concept: Concept, caption: str) -> str:
+    word = settings.class_word or ""
+    if not concept.trigger:
+        raise Fault("--class-word: replaces the trigger in the captions: name it with --trigger, e.g. --trigger sks.")
+    made = class_prompt(caption, concept.trigger, word)
+    if made == caption:
+        raise Fault(
+            f'--class-word {word}: the caption "{caption}" does not hold the trigger {concept.trigger}, so no class '
+            "prompt follows from it. Give --class-prompt, or put the trigger into the caption."
+        )
+    return made
 
 
-def _seed(origin: Mapping[str, Any], index: int) -> int:
-    """Within 32 bits, so that any tool can draw the picture again."""
-    return keys.integer(0, 2**32, origin["seed"], "class picture", index)
-
-
-def _read(folder: Path, origin: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What was drawn: file name -> {seed, sha256}. Empty when there is no readable record."""
-    path = folder / RECORD
-    if not path.exists():
-        return {}
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        return {str(one["file"]): {"seed": one["seed"], "sha256": one["sha256"]} for one in table["pictures"]}
-    except (ValueError, KeyError, TypeError):
-        log.warning("%s: cannot be read; the class pictures are drawn again", path)
-        return {}
-
-
-def _missing(folder: Path, record: Mapping[str, Mapping[str, Any]], count: int) -> list[int]:
-    """Indices below `count` that are not there as they were drawn; what was lost or altered is said."""
-    missing, other = [], []
-    for index in range(count):
-        name = _file(index)
-        if name not in record:
-            missing.append(index)
-        elif not (folder / name).is_file() or _digest(folder / name) != record[name]["sha256"]:
-            missing.append(index)
-            other.append(name)
-    if other:
-        log.warning("%s: drawn again, because they were altered or removed: %s", folder, ", ".join(other))
-    return missing
-
-
-def _draw(
-    family: Family, folder: Path, origin: Mapping[str, Any], record: dict[str, dict[str, Any]], batch: Sequence[int]
-) -> None:
-    """Draw, write and record the pictures of these indices. An interruption loses this batch at most."""
-    seeds = [_seed(origin, index) for index in batch]
-    pictures = sample(
-        family,
-        [origin["prompt"]] * len(batch),
-        seeds,
-        steps=origin["steps"],
-        guidance=origin["guidance"],
-        size=origin["resolution"],
-        batch=len(batch),
-    )
-    for index, seed, picture in zip(batch, seeds, pictures, strict=True):
-        path = folder / _file(index)
-        save_png(picture, path, {**{k: origin[k] for k in ("prompt", "steps", "guidance", "scheduler")}, "seed": seed})
-        record[path.name] = {"seed": seed, "sha256": _digest(path)}
-    table = {**origin, "pictures": [{"file": name, **record[name]} for name in sorted(record)]}
-    beside = folder / f".{RECORD}.writing"
-    beside.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, folder / RECORD)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _taught(settings: Prior, concept: Concept, own: Sequence[Example]) -> list[Example]:
+    """The subject's pictures under the class prompts."""
+    given = concept.class_prompt
+    return [
+        replace(
+            example,
+            captions=given or tuple(dict.fromkeys(_derived(settings, concept, text) for text in example.captions)),
+            taught=True,
+            mask=None,
+            repeats=1,
+        )
+        for example in own
+    ]

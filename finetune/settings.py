@@ -144,9 +144,14 @@ class Prior:
     """Prior preservation: the class is kept as the base knows it (Ruiz et al. 2022, 2208.12242, section 3.3)."""
 
     prior: Annotated[bool, arg(aliases=["--with-prior"])] = True
-    """Train class pictures beside the subject. Needs --class-prompt; --no-prior goes without."""
-    class_prompt: str | None = None
-    """What the subject is one of, e.g. "a photo of a dog": the caption of the class pictures."""
+    """Train the class beside the subject. Needs --class-prompt or --class-word; --no-prior goes without."""
+    prior_from: Literal["pictures", "base"] = "pictures"
+    """`pictures`: class pictures, which the frozen base draws. `base`: none; the subject's own pictures under the class
+    prompt, held to what the frozen base predicts of them."""
+    class_prompt: tuple[str, ...] = ()
+    """What the subject is one of, e.g. "a photo of a dog": the caption of the class pictures. Several take turns."""
+    class_word: str | None = None
+    """Make the class prompts from the captions: their trigger is replaced by this word, e.g. dog."""
     class_images: int = 100
     """Number of class pictures. They are drawn by the frozen base with recorded seeds, kept, and topped up."""
     class_data: Path | None = None

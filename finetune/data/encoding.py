@@ -6,8 +6,11 @@ conditions by its text and the text encoders' weights. What has changed is compu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,8 +55,10 @@ class Encodings:
     """Fingerprint of the text encoders and tokenizers"""
     caption_dropout: float = 0.0
     """Share of the draws whose caption is the empty prompt"""
-    lessons: Sequence[Tensor] = ()
+    lessons: Mapping[int, Tensor] = field(default_factory=dict)
     """What the frozen base predicted at the fixed draws of each lesson, each (C, H/f, W/f)"""
+    factor: int = 8
+    """f: side of a picture over side of its latents"""
     built: dict[str, int] = field(default_factory=dict, compare=False)
     """Number of entries that had to be computed, by kind; the rest was there."""
 
@@ -62,15 +67,12 @@ class Encodings:
         entry = self.pictures.get(_picture_key(item, view, self.vae))
         return entry["mean"], entry["std"]
 
-    def mask(self, item: Item, view: Geometry) -> Tensor | None:
-        """What of a view is trained: (1, H/f, W/f) in [0, 1]; None for all of it."""
+    def mask(self, item: Item, view: Geometry) -> Tensor:
+        """What of a view is trained: (1, H/f, W/f) in [0, 1]; ones where the picture has no mask."""
+        size = _latent_size(view, self.factor)
         if item.example.mask is None:
-            return None
-        mean, _ = self.latents(item, view)
-        return mask_weights(item.example, view, (mean.shape[1], mean.shape[2]))
-
-    def lesson(self, number: int) -> Tensor:
-        return self.lessons[number]
+            return torch.ones(1, *size)
+        return self.pictures.get(_mask_key(item.example.mask, view, size))["mask"]
 
     def conditions(self, caption: str) -> Conditions:
         """The conditions of a caption, (1, ...)."""
@@ -84,6 +86,7 @@ def encode(
     companions: Sequence[Item],
     stores: tuple[Store, Store],
     background: str = "white",
+    caption_dropout: float = 0.0,
     track: Track = lambda items, _: iter(items),
     turn: Turn | None = None,
 ) -> Encodings:
@@ -95,13 +98,17 @@ def encode(
     turn, (pictures, texts) = turn or Turn(), stores
     items = [*subjects, *companions]
     vae, encoders = _vae_fingerprint(family), _encoders_fingerprint(family)
+    factor = int(family.pipeline.vae_scale_factor)
     built = {"pictures": _encode_pictures(family, items, pictures, vae, background, track, turn)}
+    built["masks"] = _encode_masks(items, pictures, factor, track, turn)
     trained = any(p.requires_grad for encoder in text_encoders(family).values() for p in encoder.parameters())
     if not trained:
         captions = dict.fromkeys(caption for item in items for caption in item.captions)
+        captions |= {"": None} if caption_dropout else {}
         built["captions"] = encode_texts(family, list(captions), texts, track, turn)
     release_frozen(family)
-    return Encodings(subjects, companions, pictures, None if trained else texts, vae, encoders, built)
+    known = None if trained else texts
+    return Encodings(subjects, companions, pictures, known, vae, encoders, caption_dropout, factor=factor, built=built)
 
 
 def encode_texts(family: Family, captions: Sequence[str], store: Store, track: Track, turn: Turn) -> int:
@@ -145,6 +152,20 @@ def _encode_pictures(
     return _build(store, list(wanted.items()), load, latents, "encode pictures", track, turn)
 
 
+def _encode_masks(items: Sequence[Item], store: Store, factor: int, track: Track, turn: Turn) -> int:
+    masked = [(item, view) for item in items if item.example.mask for view in item.views]
+    wanted: dict[str, tuple[Item, Geometry]] = {}
+    for item, view in masked:
+        assert item.example.mask is not None
+        wanted[_mask_key(item.example.mask, view, _latent_size(view, factor))] = item, view
+
+    def weights(job: tuple[Item, Geometry]) -> dict[str, Tensor]:
+        item, view = job
+        return {"mask": mask_weights(item.example, view, _latent_size(view, factor))}
+
+    return _build(store, list(wanted.items()), weights, lambda made: made, "measure masks", track, turn)
+
+
 def _build(
     store: Store,
     wanted: Sequence[tuple[str, Any]],
@@ -169,6 +190,21 @@ def _picture_key(item: Item, view: Geometry, vae: str) -> str:
     facts = item.example.facts
     assert facts is not None, "examples are made by `data.read`, which looks at each picture"
     return cache.key("latents", facts.digest, view.crop, view.target, view.mirrored, vae)
+
+
+def _mask_key(mask: Path, view: Geometry, size: tuple[int, int]) -> str:
+    return cache.key("mask", _content(mask, mask.stat().st_mtime_ns), view.crop, view.target, view.mirrored, size)
+
+
+@lru_cache(maxsize=4096)
+def _content(file: Path, changed: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _latent_size(view: Geometry, factor: int) -> tuple[int, int]:
+    height, width = view.target
+    return height // factor, width // factor
 
 
 def _text_key(caption: str, encoders: str) -> str:

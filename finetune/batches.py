@@ -1,0 +1,119 @@
+"""The pictures of a pass as tensors, each with its own draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finetune import keys
+from finetune.data.encoding import Encodings
+from finetune.data.examples import Example, Item
+from finetune.data.geometry import Geometry
+from finetune.data.order import Draw, Order
+
+Place = tuple[keys.Index, ...]
+"""What the draws of a picture follow from, beside the seed and their purpose."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture with its draws."""
+
+    example: Example
+    view: Geometry
+    caption: str
+    latents: Tensor  # (C, h, w)
+    noise: Tensor  # (C, h, w)
+    timestep: int
+    mask: Tensor  # (1, h, w)
+    lesson: Tensor | None  # (C, h, w) the frozen base's prediction, where it was asked beforehand
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one size that go through the denoiser together, each with its own draws."""
+
+    captions: list[str]
+    latents: Tensor  # (B, C, h, w)
+    noise: Tensor  # (B, C, h, w)
+    timesteps: Tensor  # (B,) int64
+    sizes: Tensor  # (B, 6)
+    shares: Tensor  # (B,) weight of each picture in the step's loss
+    masks: Tensor  # (B, 1, h, w) in [0, 1], 1 where a picture is trained
+    masked: Tensor  # (B,) bool: has a mask at all
+    taught: Tensor  # (B,) bool: the target is what the frozen base predicts
+    lessons: Tensor | None  # (B, C, h, w) what the base predicted, of those that are taught; None: ask it now
+
+
+class Batches:
+    """The pictures of a pass with their noise and timesteps, every number drawn from (seed, purpose, step, slot)."""
+
+    def __init__(self, data: Encodings, order: Order, timesteps: int, device: torch.device) -> None:
+        self.data, self.order, self.timesteps, self.device = data, order, timesteps, device
+
+    def make(self, step: int, number: int, parts: int) -> list[Batch]:
+        """One of `parts` equal shares of a step, size by size."""
+        sizes: dict[tuple[int, int], list[Picture]] = {}
+        for draw in self.order.part(step, number, parts):
+            item = self._item(draw)
+            sizes.setdefault(item.size, []).append(self._picture(item, _place(item, step, draw.slot)))
+        return [self._batch(pictures) for pictures in sizes.values()]
+
+    def lesson(self, item: Item) -> Batch:
+        """What the base is asked about beforehand: one picture, at its lesson's own draws."""
+        return self._batch([self._picture(item, _place(item, 0, 0))])
+
+    def names(self, step: int) -> list[str]:
+        """The pictures of a step with the captions that they were shown with, for messages."""
+        seen = [(self._item(draw), draw.slot) for draw in self.order.step(step)]
+        return [f'{item.example.name}: "{self._caption(item, _place(item, step, slot))}"' for item, slot in seen]
+
+    def _batch(self, pictures: Sequence[Picture]) -> Batch:
+        lessons = [picture.lesson for picture in pictures if picture.lesson is not None]
+        return Batch(
+            captions=[picture.caption for picture in pictures],
+            latents=self._stacked([picture.latents for picture in pictures]),
+            noise=self._stacked([picture.noise for picture in pictures]),
+            timesteps=torch.tensor([picture.timestep for picture in pictures], device=self.device),
+            sizes=self._stacked([picture.view.tensor() for picture in pictures]),
+            shares=torch.tensor([p.example.weight / self.order.batch for p in pictures], device=self.device),
+            masks=self._stacked([picture.mask for picture in pictures]),
+            masked=torch.tensor([picture.example.mask is not None for picture in pictures], device=self.device),
+            taught=torch.tensor([picture.example.taught for picture in pictures], device=self.device),
+            lessons=self._stacked(lessons) if lessons else None,
+        )
+
+    def _picture(self, item: Item, place: Place) -> Picture:
+        seed, example = self.order.seed, item.example
+        view = item.views[keys.integer(0, len(item.views), seed, "view", *place)]
+        mean, std = self.data.latents(item, view)
+        shape = tuple(mean.shape)
+        return Picture(
+            example,
+            view,
+            self._caption(item, place),
+            mean + std * keys.normal(shape, seed, "latents", *place),
+            keys.normal(shape, seed, "noise", *place),
+            keys.integer(0, self.timesteps, seed, "timestep", *place),
+            self.data.mask(item, view),
+            None if example.lesson is None else self.data.lessons.get(example.lesson),
+        )
+
+    def _caption(self, item: Item, place: Place) -> str:
+        if keys.uniform(self.order.seed, "caption dropout", *place) < self.data.caption_dropout:
+            return ""
+        return item.captions[keys.integer(0, len(item.captions), self.order.seed, "caption", *place)]
+
+    def _item(self, draw: Draw) -> Item:
+        return (self.data.subjects if draw.kind == "subject" else self.data.companions)[draw.index]
+
+    def _stacked(self, values: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(values)).to(self.device)
+
+
+def _place(item: Item, step: int, slot: int) -> Place:
+    """What the draws of a picture follow from. Those of a lesson are always the same."""
+    return (step, slot) if item.example.lesson is None else ("lesson", item.example.lesson)
