@@ -18,7 +18,7 @@ from finetune.adapters import Group
 from finetune.batches import Batch, Batches
 from finetune.data.encoding import Encodings
 from finetune.data.order import Order
-from finetune.errors import Failure
+from finetune.errors import Failure, Fault
 from finetune.families import Conditions, Family
 from finetune.objective import loss_per_picture
 from finetune.settings import Loss, Optim, Train
@@ -127,6 +127,15 @@ def fit(
         if not accelerator.optimizer_step_was_skipped:
             scheduler.step()
         yield Report(step + 1, value, norm, lr, time.perf_counter() - start)
+
+
+def require_no_base(settings: Loss) -> None:
+    """Refuse what needs the frozen base beside the model, where all of its weights train."""
+    if settings.unmasked_prior:
+        raise Fault(
+            f"--unmasked-prior {settings.unmasked_prior:g}: needs the frozen base beside the model, which only an adapter "
+            "keeps (switched off, it is the base): train the recipe lora, or use --unmasked-weight."
+        )
 
 
 def ask(family: Family, data: Encodings, seed: int, accelerator: Accelerator) -> Encodings:

@@ -76,7 +76,7 @@ def lessons(companions: Sequence[Example], count: int) -> list[Example]:
 
 
 def class_prompt(caption: str, trigger: str, word: str) -> str:
-    """A caption with its trigger replaced by the class: "a photo of sks dog" and "a photo of sks" -> "a photo of dog"."""
+    """The caption with the class for its trigger: "a photo of sks dog" and "a photo of sks" -> "a photo of dog"."""
     known = rf"\b{re.escape(trigger)}\b" + (rf"(?:\s+{re.escape(word)}\b)?" if word else "")
     said = re.sub(known, word.replace("\\", r"\\"), caption)
     return re.sub(r"(^|,)\s*,", r"\1", " ".join(said.split())).strip(" ,")

@@ -30,7 +30,8 @@ from rich.text import Text
 from finetune import config as configuration
 from finetune import data, families, optim
 from finetune.adapters import Group
-from finetune.data import Example
+from finetune.data import Item
+from finetune.data.encoding import Turn
 from finetune.errors import Fault
 from finetune.families import Family
 from finetune.loop import Report
@@ -66,6 +67,16 @@ class Run:
         return self.accelerator.is_main_process
 
     @property
+    def seed(self) -> int:
+        return self.train.seed
+
+    @property
+    def turn(self) -> Turn:
+        """This process's share of the encoding."""
+        accelerator = self.accelerator
+        return Turn(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+
+    @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
@@ -75,7 +86,7 @@ class Run:
         return DTYPES[self.train.precision]
 
     def begin(
-        self, family: Family, groups: Sequence[Group], subjects: Sequence[Example], companions: Sequence[Example]
+        self, family: Family, groups: Sequence[Group], subjects: Sequence[Item], companions: Sequence[Item]
     ) -> None:
         """Make the folder, keep the settings in it, and say what is going to happen."""
         if self.leads:
@@ -125,10 +136,11 @@ class Run:
         return Progress(*columns, TimeRemainingColumn(), *map(TextColumn, extra), console=self.console)
 
     def _summary(
-        self, family: Family, groups: Sequence[Group], subjects: Sequence[Example], companions: Sequence[Example]
+        self, family: Family, groups: Sequence[Group], subjects: Sequence[Item], companions: Sequence[Item]
     ) -> Table:
         train, table = self.train, Table.grid(padding=(0, 2))
         batch = train.batch_size * train.accumulation * self.accelerator.num_processes
+        epoch = sum(item.example.repeats for item in subjects)
         rows = {
             "model": f"{family.title}, predicts {family.objective().prediction}",
             "trains": ", ".join(f"{group.part} {_count(group.size)} at {group.lr:g}" for group in groups),
@@ -138,8 +150,8 @@ class Run:
                 if not all(p.requires_grad for p in part.parameters())
             ),
             "pictures": "\n".join(data.describe(subjects)),
-            "class pictures": f"{len(companions)}, weight {companions[0].weight:g}" if companions else "none",
-            "steps": f"{train.steps} of {batch} pictures: {train.steps * batch / len(subjects):.1f} epochs",
+            "class pictures": _beside(companions),
+            "steps": f"{train.steps} of {batch} pictures: {train.steps * batch / epoch:.1f} epochs",
             "with": f"{optim.resolve(self.optim.optimizer, self.device)}, {train.precision}, {self.device}, "
             f"{self.accelerator.num_processes} process(es), seed {train.seed}",
             "output": str(self.folder.absolute()),
@@ -170,6 +182,13 @@ def _require_sense(train: Train) -> None:
             raise Fault(f"--{name.replace('_', '-')} {getattr(train, name)}: at least 1.")
     if train.precision == "fp16" and not torch.cuda.is_available():
         raise Fault("--precision fp16 needs a GPU: take bf16 or fp32 on a CPU.")
+
+
+def _beside(companions: Sequence[Item]) -> str:
+    if not companions:
+        return "none"
+    what = "of the subject's own, held to the base's prediction" if companions[0].example.taught else "class pictures"
+    return f"{len(companions)} {what}, weight {companions[0].example.weight:g}"
 
 
 def _left(task: Task) -> str:

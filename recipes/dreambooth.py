@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import finetune as ft
-from finetune.settings import Data, Model, Optim, Output, Prior, Samples, Train
+from finetune.settings import Captions, Data, Framing, Loss, Model, Optim, Output, Prior, Samples, Train
 
 
 @dataclass(frozen=True)
@@ -19,43 +19,53 @@ class Config:
     data: Data
     output: Output
     model: Model = field(default_factory=Model)
+    captions: Captions = field(default_factory=Captions)
+    framing: Framing = field(default_factory=Framing)
     prior: Prior = field(default_factory=Prior)
     optim: Optim = field(default_factory=lambda: Optim(lr=5e-6))
     train: Train = field(default_factory=lambda: Train(steps=800))
+    loss: Loss = field(default_factory=Loss)
     samples: Samples = field(default_factory=Samples)
 
 
 def main(config: Config) -> None:
     # What can be refused is refused before a model is loaded.
     run = ft.Run(config, config.output, config.train, config.optim)
-    subjects = ft.data.read(config.data)
-    ft.priors.check(config.prior)
+    examples, _ = ft.data.read(config.data, config.captions, run.seed)
+    ft.priors.check(config.prior, config.data, examples)
+    ft.loop.require_no_base(config.loss)
 
     # The base, frozen. It draws the class pictures before it learns anything.
     source = ft.Source(**vars(config.model))
     family = ft.load(source, run.dtype, run.device)
-    resolution = config.data.resolution or family.resolution()
-    companions = ft.priors.examples(family, source, config.prior, config.train.seed, resolution, run.track)
+    side = max(config.framing.resolution or (family.resolution(),))
+    beside = ft.priors.examples(family, source, config.prior, config.data, examples, run.seed, side, run.track)
+    beside = ft.priors.lessons(beside, config.prior.class_images)  # nothing can be switched off to ask the base later
+
+    # How each picture is scaled and cropped, and its captions varied.
+    subjects = ft.data.plan(examples, config.framing, config.captions, family, run.seed)
+    companions = ft.data.plan(beside, config.framing, config.captions, family, run.seed)
 
     # What trains: every weight of the denoiser, and of the text encoders where a rate is given for them.
     groups = ft.adapters.full(family, config.optim.lr, config.optim.text_encoder_lr)
     run.begin(family, groups, subjects, companions)
 
     # Latents and conditions, computed once. The VAE then leaves the memory, and the text encoders unless they train.
-    encodings = ft.encode(family, subjects, companions, resolution, config.data.background, run.track)
+    encodings = ft.encode(family, subjects, companions, config.data, config.captions, run.track, run.turn)
+    encodings = ft.ask(family, encodings, run.seed, run.accelerator)
 
     def save(name: str) -> str:
         ft.families.restore(family, source, run.dtype)
         ft.export.merged(family, run.folder / name, dtype=run.dtype)
         return str(run.folder / name)
 
-    prompts = config.samples.sample_prompts or (subjects[0].caption,)
-    for step in run.steps(ft.fit(family, groups, encodings, config.train, config.optim, run.accelerator)):
+    prompts = config.samples.sample_prompts or (examples[0].captions[0],)
+    for step in run.steps(ft.fit(family, groups, encodings, config.train, config.optim, config.loss, run.accelerator)):
         if run.leads and ft.due(step, config.train.save_every) and step < config.train.steps:
             save(f"model-{step:06d}")
             ft.release_frozen(family)
         if ft.due(step, config.samples.sample_every):
-            ft.preview(run, family, source, config.samples, prompts, resolution, step)
+            ft.preview(run, family, source, config.samples, prompts, side, step)
 
     # Written, loaded back and compared with the live model before it counts as done.
     if run.leads:

@@ -9,7 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import finetune as ft
-from finetune.settings import Adapter, Data, Model, Optim, Output, Prior, Samples, Train
+from finetune.settings import (
+    Adapter,
+    Captions,
+    Data,
+    Framing,
+    Loss,
+    Model,
+    Optim,
+    Output,
+    Prior,
+    Samples,
+    Train,
+)
 
 
 @dataclass(frozen=True)
@@ -19,38 +31,45 @@ class Config:
     data: Data
     output: Output
     model: Model = field(default_factory=Model)
+    captions: Captions = field(default_factory=Captions)
+    framing: Framing = field(default_factory=Framing)
     prior: Prior = field(default_factory=Prior)
     adapter: Adapter = field(default_factory=Adapter)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
+    loss: Loss = field(default_factory=Loss)
     samples: Samples = field(default_factory=Samples)
 
 
 def main(config: Config) -> None:
     # What can be refused is refused before a model is loaded.
     run = ft.Run(config, config.output, config.train, config.optim)
-    subjects = ft.data.read(config.data)
-    ft.priors.check(config.prior)
+    examples, _ = ft.data.read(config.data, config.captions, run.seed)
+    ft.priors.check(config.prior, config.data, examples)
 
     # The base, frozen. It draws the class pictures before anything is added to it.
     source = ft.Source(**vars(config.model))
     family = ft.load(source, run.dtype, run.device)
-    resolution = config.data.resolution or family.resolution()
-    companions = ft.priors.examples(family, source, config.prior, config.train.seed, resolution, run.track)
+    side = max(config.framing.resolution or (family.resolution(),))
+    beside = ft.priors.examples(family, source, config.prior, config.data, examples, run.seed, side, run.track)
+
+    # How each picture is scaled and cropped, and its captions varied.
+    subjects = ft.data.plan(examples, config.framing, config.captions, family, run.seed)
+    companions = ft.data.plan(beside, config.framing, config.captions, family, run.seed)
 
     # What trains: two thin matrices beside each attention projection.
     groups = ft.adapters.lora(family, config.adapter, config.optim.lr, config.optim.text_encoder_lr, config.train.seed)
     run.begin(family, groups, subjects, companions)
 
     # Latents and conditions, computed once. The VAE then leaves the memory, and the text encoders unless they train.
-    encodings = ft.encode(family, subjects, companions, resolution, config.data.background, run.track)
+    encodings = ft.encode(family, subjects, companions, config.data, config.captions, run.track, run.turn)
 
-    prompts = config.samples.sample_prompts or (subjects[0].caption,)
-    for step in run.steps(ft.fit(family, groups, encodings, config.train, config.optim, run.accelerator)):
+    prompts = config.samples.sample_prompts or (examples[0].captions[0],)
+    for step in run.steps(ft.fit(family, groups, encodings, config.train, config.optim, config.loss, run.accelerator)):
         if run.leads and ft.due(step, config.train.save_every) and step < config.train.steps:
             ft.export.adapter(family, run.folder / f"adapter-{step:06d}.safetensors", settings=run.settings)
         if ft.due(step, config.samples.sample_every):
-            ft.preview(run, family, source, config.samples, prompts, resolution, step)
+            ft.preview(run, family, source, config.samples, prompts, side, step)
 
     # Written, loaded back and compared with the live model before it counts as done.
     if run.leads:

@@ -1,7 +1,7 @@
 """What the denoiser trains on, computed once and kept: latents of the pictures, conditions of the captions.
 
-Nothing here is known by a name: a picture's latents are found by its pixels, its view and the VAE's weights, a caption's
-conditions by its text and the text encoders' weights. What has changed is computed again, and only that.
+Nothing here is known by a name: latents are found by pixels, view and the VAE's weights, conditions by the caption and
+the text encoders' weights. What has changed is computed again, and only that.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from finetune.data.geometry import Geometry
 from finetune.data.masks import weights as mask_weights
 from finetune.errors import Fault
 from finetune.families import Conditions, Family, denoiser, modules, release, text_encoders
+from finetune.settings import Captions, Data
 
 Track = Callable[[Sequence[Any], str], Iterator[Any]]
 """Goes through the items and shows how far it is."""
@@ -84,31 +85,38 @@ def encode(
     family: Family,
     subjects: Sequence[Item],
     companions: Sequence[Item],
-    stores: tuple[Store, Store],
-    background: str = "white",
-    caption_dropout: float = 0.0,
+    data: Data,
+    captions: Captions,
     track: Track = lambda items, _: iter(items),
     turn: Turn | None = None,
 ) -> Encodings:
-    """Encode what the stores (of pictures, of texts) do not hold, then drop what is not needed any more from memory:
-    the VAE, and the text encoders unless they train.
+    """Encode what the cache does not hold, then drop what is not needed any more from memory: the VAE, and the text
+    encoders unless they train.
 
     Raises Fault when a picture's latents are not finite (half-precision VAEs overflow).
     """
-    turn, (pictures, texts) = turn or Turn(), stores
-    items = [*subjects, *companions]
+    turn, (pictures, texts) = turn or Turn(), stores(data)
+    items, factor = [*subjects, *companions], int(family.pipeline.vae_scale_factor)
     vae, encoders = _vae_fingerprint(family), _encoders_fingerprint(family)
-    factor = int(family.pipeline.vae_scale_factor)
-    built = {"pictures": _encode_pictures(family, items, pictures, vae, background, track, turn)}
+    built = {"pictures": _encode_pictures(family, items, pictures, vae, data.background, track, turn)}
     built["masks"] = _encode_masks(items, pictures, factor, track, turn)
     trained = any(p.requires_grad for encoder in text_encoders(family).values() for p in encoder.parameters())
     if not trained:
-        captions = dict.fromkeys(caption for item in items for caption in item.captions)
-        captions |= {"": None} if caption_dropout else {}
-        built["captions"] = encode_texts(family, list(captions), texts, track, turn)
+        said = dict.fromkeys(caption for item in items for caption in item.captions)
+        said |= {"": None} if captions.caption_dropout else {}
+        built["captions"] = encode_texts(family, list(said), texts, track, turn)
     release_frozen(family)
     known = None if trained else texts
-    return Encodings(subjects, companions, pictures, known, vae, encoders, caption_dropout, factor=factor, built=built)
+    dropout = captions.caption_dropout
+    return Encodings(subjects, companions, pictures, known, vae, encoders, dropout, factor=factor, built=built)
+
+
+def stores(data: Data) -> tuple[Store, Store]:
+    """Where pictures and texts are kept: on disk, or in memory without the cache."""
+    if not data.use_cache:
+        return cache.Memory(), cache.Memory()
+    folder = data.cache or cache.folder() / "encodings"
+    return cache.Shards(folder / "pictures"), cache.Shards(folder / "texts")
 
 
 def encode_texts(family: Family, captions: Sequence[str], store: Store, track: Track, turn: Turn) -> int:

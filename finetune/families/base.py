@@ -6,7 +6,7 @@ A family wraps a diffusers pipeline: loading, prompt encoding, sampling and savi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
@@ -43,6 +43,10 @@ class Family(Protocol):
 
     def resolution(self) -> int:
         """Side in pixels that the checkpoint was made for."""
+        ...
+
+    def multiple(self) -> int:
+        """What the sides of a picture in pixels must be multiples of."""
         ...
 
     def encode_pictures(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,6 +91,11 @@ def diffusion(pipeline: DiffusionPipeline) -> Diffusion:
     """The objective of a discrete-time diffusion model: its scheduler's noise schedule, as it is used in training."""
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     return Diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+
+
+def unet_multiple(pipeline: Any) -> int:
+    """The VAE's factor times the UNet's: each of its levels but the last halves the sides. 64 for SD 1.5, 32 for SDXL."""
+    return int(pipeline.vae_scale_factor) * 2 ** (len(pipeline.unet.config.down_block_types) - 1)
 
 
 def encode_with_vae(vae: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,9 @@ class StableDiffusionXL:
     def resolution(self) -> int:
         return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
 
+    def multiple(self) -> int:
+        return base.unet_multiple(self.pipeline)
+
     def encode_pictures(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         return base.encode_with_vae(self.pipeline.vae, pictures)
 
