@@ -133,8 +133,8 @@ def require_no_base(settings: Loss) -> None:
     """Refuse what needs the frozen base beside the model, where all of its weights train."""
     if settings.unmasked_prior:
         raise Fault(
-            f"--unmasked-prior {settings.unmasked_prior:g}: needs the frozen base beside the model, which only an adapter "
-            "keeps (switched off, it is the base): train the recipe lora, or use --unmasked-weight."
+            f"--unmasked-prior {settings.unmasked_prior:g}: needs the frozen base, which only an adapter leaves "
+            "there (switched off, it is the base): train the recipe lora, or use --unmasked-weight."
         )
 
 

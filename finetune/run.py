@@ -37,7 +37,7 @@ from finetune.families import Family
 from finetune.loop import Report
 from finetune.settings import Optim, Output, Train
 
-Item = TypeVar("Item")
+Piece = TypeVar("Piece")
 LOGS = "logs"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -96,7 +96,7 @@ class Run:
             self.accelerator.init_trackers(LOGS)
         self.console.print(self._summary(family, groups, subjects, companions))
 
-    def track(self, items: Sequence[Item], what: str) -> Iterator[Item]:
+    def track(self, items: Sequence[Piece], what: str) -> Iterator[Piece]:
         """Go through `items` and show how far it is."""
         with self._progress() as progress:
             yield from progress.track(items, total=len(items), description=what)
