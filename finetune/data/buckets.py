@@ -108,7 +108,8 @@ def _kept(original: tuple[int, int], sizes: Sizes) -> NDArray[np.float64]:
 
 def _filled(original: tuple[int, int], sizes: Sizes, max_upscale: float) -> NDArray[np.bool_]:
     """(N,): whether the picture covers each size when it is enlarged no further than `max_upscale`."""
-    return (sizes <= np.array(original) * (max_upscale * (1 + 1e-9))).all(1)
+    fits: NDArray[np.bool_] = np.all(sizes <= np.array(original) * (max_upscale * (1 + 1e-9)), axis=1)
+    return fits
 
 
 def _pair(size: NDArray[np.int64]) -> tuple[int, int]:
