@@ -64,26 +64,31 @@ def attach(examples: Sequence[Example], folder: Path | None, alpha: bool) -> tup
 
 
 def check(example: Example) -> str | None:
-    """What is wrong with an example's mask, as far as can be told without the crop; None when nothing is."""
+    """What is wrong with an example's mask, whatever its crop; None when nothing is, or when it has none."""
+    return read(example)[1]
+
+
+def read(example: Example) -> tuple[Levels | None, str | None]:
+    """An example's mask, and what is wrong with it; neither where it has none."""
     if example.mask is None:
-        return None
+        return None, None
     what = "its transparency" if example.mask == example.path else f"its mask {printable(example.mask.name)}"
     try:
         found = levels(example)
     except BadPicture as error:
-        return f"{what}: {error.reason}"
+        return None, f"{what}: {error.reason}"
     facts = example.facts or pictures.decode(example.path)[1]
     (height, width), wanted = found.shape, (facts.height, facts.width)
     if not _alike((height, width), wanted):
         turned = " The mask seems to be turned by 90 degrees." if _alike((width, height), wanted) else ""
-        return (
+        return found, (
             f"{what} has {width} x {height} pixels, the picture (upright) {facts.width} x {facts.height}: another "
-            f"shape. Save it in the picture's own size.{turned}"
+            f"shape.{turned} Save it in the picture's own size"
         )
     if (most := int(found.max())) < WHITE:
         said = "is black all over" if most == 0 else f"is nowhere brighter than {most} of 255"
-        return f"{what} {said}: nothing of the picture would be trained. White (255) is trained"
-    return None
+        return found, f"{what} {said}: nothing of the picture would be trained. White (255) is trained"
+    return found, None
 
 
 def levels(example: Example) -> Levels:
