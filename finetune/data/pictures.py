@@ -1,6 +1,7 @@
 """One picture file -> an upright, opaque sRGB image, or the reason why not.
 
 Every file is decoded whole: `PIL.Image.verify` passes a truncated JPEG. Nothing is written, moved or repaired.
+Any number of threads may decode at once.
 """
 
 from __future__ import annotations
@@ -8,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageFile, UnidentifiedImageError, features
@@ -30,6 +34,9 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF
 """Pillow's names of what is read. Its other formats stay closed: EPS, for one, would run Ghostscript."""
 MAX_PIXELS = 89_478_485
 """Larger pictures are refused: 268 MB decoded, the size from which Pillow warns. It would raise at the double only."""
+
+SPARE = 4
+"""How many times the wanted size a reducing decoder must leave, see `reduction`."""
 
 ORIENTATION = 0x0112
 TURNS = {
@@ -72,8 +79,10 @@ class Facts:
     """Some pixels were (partly) transparent; they lie on the background colour now."""
     notes: tuple[str, ...] = ()
     """What is odd about the file and did not prevent its use."""
-    digest: str = ""
+    digest: str = field(default="", compare=False)
     """SHA-256 of the pixels as they are trained (upright, sRGB, on the background) and of their size."""
+    reducible: bool = field(default=False, compare=False)
+    """A JPEG, whose decoder can give it at 1/2, 1/4 or 1/8 of its size in a fraction of the time"""
 
 
 def decode(path: Path, background: str = "white") -> tuple[Image.Image, Facts]:
@@ -82,11 +91,43 @@ def decode(path: Path, background: str = "white") -> tuple[Image.Image, Facts]:
     Raises BadPicture with the reason when the file is not a whole picture that can be turned into that, and Fault
     when `background` is no colour.
     """
+    picture, facts = _decode(path, background)
+    return picture, replace(facts, digest=_digest(picture))
+
+
+def reduction(facts: Facts, scaled: tuple[int, int]) -> int:
+    """By how much the decoder may reduce a picture that is scaled to `scaled` (height, width) afterwards: 1, 2, 4, 8.
+
+    A JPEG decoder that reduces averages in the DCT domain and in linear steps of 8 bits: not the same pixels as Lanczos
+    on the whole picture. So it must leave at least four times the size that is wanted. Measured on photos of 1,280 to
+    1,920 pixels, reduced and then scaled, against scaled from the whole: at four times the size 55.8 dB at worst and at
+    most 4 levels of 255 (rounding to 8 bits alone gives 58.9 dB); at twice the size 50.6 dB and 11 levels; at the size
+    itself 38.8 dB and 39 levels. 12 megapixels take 0.76 s whole, 0.22 s at 1/2, 0.14 s at 1/4, 0.09 s at 1/8.
+    """
+    if not facts.reducible:
+        return 1
+    room = min(facts.height // max(1, scaled[0]), facts.width // max(1, scaled[1]))
+    return max((by for by in (1, 2, 4, 8) if by * SPARE <= room), default=1)
+
+
+def decode_reduced(path: Path, by: int, background: str = "white") -> Image.Image:
+    """What `decode` gives, at 1/by of its size (rounded up) where the decoder can: see `reduction`; `by` is 1, 2, 4, 8.
+
+    No digest is computed, and none belongs to it. Raises as `decode` does.
+    """
+    return _decode(path, background, by)[0]
+
+
+def _decode(path: Path, background: str, by: int = 1) -> tuple[Image.Image, Facts]:
+    """The picture, and the facts without a digest."""
     behind = colour(background)
     try:
         _check_file(path)
         with _pillow() as notes, Image.open(path, formats=_formats()) as opened:
             _check_kind(opened)
+            reducible = opened.format in ("JPEG", "MPO")
+            if reducible and by > 1 and min(opened.size) >= by:
+                opened.draft(None, (opened.width // by, opened.height // by))
             upright, turned = _upright(opened, notes)
             profile = opened.info.get("icc_profile")
             colours, alpha = _colours_and_alpha(upright)
@@ -100,8 +141,8 @@ def decode(path: Path, background: str = "white") -> tuple[Image.Image, Facts]:
             notes.append(f"entirely transparent: nothing but the background ({background}) is left")
         picture = Image.composite(picture, Image.new("RGB", picture.size, behind), alpha)
     picture.info = {}  # no camera, place or profile goes further
-    facts = Facts(picture.height, picture.width, turned, transparent, tuple(dict.fromkeys(notes)), _digest(picture))
-    return picture, facts
+    said = tuple(dict.fromkeys(notes))
+    return picture, Facts(picture.height, picture.width, turned, transparent, said, reducible=reducible)
 
 
 def _digest(picture: Image.Image) -> str:
@@ -130,27 +171,74 @@ def printable(name: Path | str) -> str:
 @cache
 def _formats() -> list[str]:
     """Those of FORMATS that this installation can open."""
-    if find_spec("pillow_heif"):
-        import_module("pillow_heif").register_heif_opener()
-    if find_spec("pillow_jxl"):
-        import_module("pillow_jxl")  # registers itself
-    Image.init()
+    with _lock:
+        if find_spec("pillow_heif"):
+            import_module("pillow_heif").register_heif_opener()
+        if find_spec("pillow_jxl"):
+            import_module("pillow_jxl")  # registers itself
+        Image.init()
     return [name for name in FORMATS if name in Image.OPEN and not (name == "AVIF" and not features.check("avif"))]
+
+
+_lock = threading.RLock()
+_listener = threading.local()
+"""`notes`: the list that the warnings of this thread go to while it decodes"""
+_filter = ("always", None, UserWarning, re.compile(r"PIL\."), 0)
+"""The filter that lets the same warning through for every file, not for the first alone"""
+_say_otherwise = warnings.showwarning
+"""What shows the warnings that are not ours"""
+_decoding = 0
+"""Threads that decode at the moment"""
+_truncated_allowed = False
+"""What LOAD_TRUNCATED_IMAGES was before the first of them began"""
 
 
 @contextmanager
 def _pillow() -> Iterator[list[str]]:
-    """Pillow as it is needed here: truncated files raise whatever others set; its warnings become notes."""
+    """Pillow as it is needed here: truncated files raise whatever others set; its warnings become this thread's notes.
+
+    Both are settings of the whole process. The first is changed by the first thread that decodes and put back by the
+    last. `warnings.catch_warnings` is of no use: threads that leave it in another order than they entered leave each
+    other's settings behind. Instead a listener that passes on what is not ours stays in place.
+    """
+    global _decoding, _truncated_allowed
     notes: list[str] = []
-    truncated_allowed = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # it would fill what is missing with grey
+    with _lock:
+        _listen()
+        if not _decoding:
+            _truncated_allowed = ImageFile.LOAD_TRUNCATED_IMAGES
+        _decoding += 1
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # it would fill what is missing with grey
+    _listener.notes = notes
     try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            yield notes
+        yield notes
     finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = truncated_allowed
-    notes.extend(" ".join(str(one.message).split()) for one in said if one.category is UserWarning)
+        _listener.notes = None
+        with _lock:
+            _decoding -= 1
+            if not _decoding:
+                ImageFile.LOAD_TRUNCATED_IMAGES = _truncated_allowed
+
+
+def _listen() -> None:
+    """Put the listener in place, if others have replaced it since (a `catch_warnings` that ended, say)."""
+    global _say_otherwise
+    if warnings.showwarning is not _hear:
+        _say_otherwise, warnings.showwarning = warnings.showwarning, _hear
+    if list(warnings.filters[:1]) != [_filter]:
+        warnings.filterwarnings("always", category=UserWarning, module=_filter[3].pattern)
+
+
+def _hear(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: TextIO | None = None, line: str | None = None,
+) -> None:  # fmt: skip
+    """Take a warning as a note while this thread decodes; pass it on otherwise."""
+    notes = getattr(_listener, "notes", None)
+    if notes is None:
+        _say_otherwise(message, category, filename, lineno, file, line)
+    elif category is UserWarning:
+        notes.append(" ".join(str(message).split()))
 
 
 def _check_file(path: Path) -> None:

@@ -7,7 +7,9 @@ import os
 import struct
 import sys
 import types
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -420,3 +422,73 @@ def test_any_name_can_be_printed(name: str) -> None:
 
 def test_names_that_are_not_utf8_can_be_printed() -> None:
     assert pictures.printable(os.fsdecode(b"caf\xe9\n.jpg")) == "caf\\xe9\\n.jpg"
+
+
+# --- several threads, and decoders that reduce ---------------------------------------------------------------------
+
+
+def test_threads_decode_at_once_each_with_its_own_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's warnings and its LOAD_TRUNCATED_IMAGES belong to the whole process."""
+    good = [saved(tmp_path / f"good{i}.jpg", photo(90 + i, 70)) for i in range(4)]
+    odd = [saved(tmp_path / f"odd{i}.png", photo(90 + i, 70), icc_profile=b"garbage") for i in range(4)]
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0"
+    warned = [saved(tmp_path / f"warned{i}.jpg", photo(90 + i, 70), exif=exif) for i in range(4)]
+    cut = [saved(tmp_path / f"cut{i}.jpg", photo(90 + i, 70)) for i in range(4)]
+    for path in cut:
+        path.write_bytes(path.read_bytes()[:-300])
+
+    def look(path: Path) -> Facts | str:
+        try:
+            return decode(path)[1]
+        except BadPicture as bad:
+            return bad.reason
+
+    expected = {path: look(path) for path in [*good, *odd, *warned, *cut]}
+    assert all(isinstance(one, Facts) and "Corrupt EXIF" in one.notes[0] for p in warned if (one := expected[p]))
+    assert all("cut short" in str(expected[path]) for path in cut)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    mixed = [path for four in zip(good, odd, warned, cut, strict=True) for path in four] * 6
+    with ThreadPoolExecutor(4) as pool:
+        for path, found in zip(mixed, pool.map(look, mixed), strict=True):
+            assert found == expected[path], path
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_warnings_of_others_are_shown_as_before(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.png", photo())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        decode(path)
+        warnings.warn("mine", UserWarning, stacklevel=1)
+    decode(path)
+    with pytest.warns(UserWarning, match="another"):
+        warnings.warn("another", UserWarning, stacklevel=1)
+    assert [str(one.message) for one in said] == ["mine"]
+
+
+def test_a_decoder_reduces_only_where_four_times_the_wanted_size_is_left(tmp_path: Path) -> None:
+    picture, facts = decode(saved(tmp_path / "a.jpg", photo(1600, 1200), quality=95))
+    assert [pictures.reduction(facts, size) for size in ((16, 16), (75, 100), (76, 100), (150, 200), (151, 200))] == [
+        8, 4, 2, 2, 1,
+    ]  # fmt: skip
+    assert pictures.reduction(decode(saved(tmp_path / "a.png", photo(1600, 1200)))[1], (16, 16)) == 1
+    for by in (1, 2, 4, 8):
+        reduced = pictures.decode_reduced(tmp_path / "a.jpg", by)
+        assert reduced.size == (1600 // by, 1200 // by)
+        size = (1600 // by // 4, 1200 // by // 4)
+        difference = np.subtract(
+            *(np.asarray(p.resize(size, Image.Resampling.LANCZOS), float) for p in (picture, reduced))
+        )
+        assert np.abs(difference).max() <= 2
+
+
+@in_one_folder
+@given(size=st.tuples(st.integers(1, 70), st.integers(1, 70)), by=st.sampled_from([1, 2, 4, 8]),
+       orientation=st.sampled_from([1, 6]))  # fmt: skip
+def test_a_reduced_picture_has_the_size_of_a_reduced_picture(
+    size: tuple[int, int], by: int, orientation: int, tmp_path: Path
+) -> None:
+    path = saved(tmp_path / "a.jpg", photo(*size), exif=_exif(orientation))
+    by = by if min(size) >= by else 1
+    expected = [-(-side // by) for side in size]
+    assert list(pictures.decode_reduced(path, by).size) == (expected if orientation == 1 else expected[::-1])
