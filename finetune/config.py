@@ -1,7 +1,8 @@
 """The settings of a command: its defaults, under a TOML file, under the flags. An unknown name is refused.
 
 A command's `Config` is a frozen dataclass. A field that is a dataclass itself is a group of settings: a table in TOML
-(`[adapter]`, `rank = 8`), flat flags on the command line (`--rank 8`). Everything here is read without torch.
+(`[adapter]`, `rank = 8`), flat flags on the command line (`--rank 8`). A tuple of dataclasses is a list of tables
+(`[[concepts]]`), which stands outside the groups in TOML and has no flags. Everything here is read without torch.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import re
 import textwrap
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeGuard, TypeVar
 
 import tyro
 
@@ -27,6 +28,15 @@ from finetune.errors import Fault
 C = TypeVar("C")
 RECIPE = "recipe"
 """The one key of a TOML file that is no setting: the recipe that the file is made for."""
+
+
+class Problem(typing.NamedTuple):
+    """What is wrong with a TOML file, and where: in the `number`th table of a name, at a key."""
+
+    table: str
+    key: str
+    text: str
+    number: int = 0
 
 
 def parse(config_class: type[C], argv: Sequence[str], prog: str) -> C:
@@ -70,7 +80,11 @@ def dumps(config: Any) -> str:
     """The settings as a TOML text that reads back equal. None is left out: it is a default."""
     name = _recipe_name(type(config))
     parts = [[f"{RECIPE} = {toml.value(name)}"] if name in shelf.recipes() else [], [*_lines(config)]]
-    parts += [[f"[{name}]", *_lines(group)] for name, group in _fields(config).items() if is_dataclass(group)]
+    groups = {name: group for name, group in _fields(config).items() if is_dataclass(group)}
+    parts += [[f"[{name}]", *_lines(group)] for name, group in groups.items()]
+    for owner in (config, *groups.values()):
+        lists = {name: getattr(owner, name) for name in _table_lists(type(owner))}
+        parts += [[f"[[{name}]]", *_lines(one)] for name, tables in lists.items() for one in tables]
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
 
@@ -96,11 +110,11 @@ def _with_config_flag(config_class: type[C]) -> type[C]:
 def _from_file(config_class: type[C], file: Path) -> C:
     text, table = _read(file)
     _require_recipe(config_class, table.pop(RECIPE, None), file)
-    problems: list[tuple[str, str, str]] = []
-    settings = _filled(config_class, table, None, "", problems)
+    problems: list[Problem] = []
+    settings = _filled(config_class, table, None, "", problems, table)
     problems += _unknown(config_class, table)
     if problems:
-        said = [(toml.line_of(text, group, key), problem) for group, key, problem in problems]
+        said = [(toml.line_of(text, one.table, one.key, one.number), one.text) for one in problems]
         said.sort(key=lambda line: line[0] or 0)
         raise Fault(f"{file}: not all settings are understood:", [f"line {n}: {p}" if n else p for n, p in said])
     return settings
@@ -134,17 +148,23 @@ def _recipe_name(config_class: type) -> str:
 
 
 def _defaults(config_class: type[C], base: C | None) -> C:
-    return _filled(config_class, {}, base, "", [])
+    return _filled(config_class, {}, base, "", [], {})
 
 
 def _filled(
-    config_class: type[C], table: Mapping[str, Any], base: Any, group: str, problems: list[tuple[str, str, str]]
+    config_class: type[C],
+    table: Mapping[str, Any],
+    base: Any,
+    group: str,
+    problems: list[Problem],
+    root: Mapping[str, Any],
 ) -> C:
     """A `config_class` of a table's values. What the table lacks is `base`'s, or the default, or is left to the flags.
 
-    What is wrong is gathered in `problems` as (table, key, message), so that all of it can be said at once.
+    Lists of tables are taken from `root`, the whole file. What is wrong is gathered in `problems`, so that all of it
+    can be said at once.
     """
-    hints = typing.get_type_hints(config_class)
+    hints, lists = typing.get_type_hints(config_class), _table_lists(config_class)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
         name, hint = field.name, hints[field.name]
@@ -152,9 +172,12 @@ def _filled(
         given = table.get(name, {} if is_dataclass(hint) else standard)
         if is_dataclass(hint) and isinstance(given, dict):
             inner = None if standard is tyro.MISSING else standard
-            values[name] = _filled(typing.cast(type, hint), given, inner, name, problems)
+            values[name] = _filled(typing.cast(type, hint), given, inner, name, problems, root)
+        elif name in lists:
+            values[name] = _tables(name, lists[name], root[name], problems) if name in root else standard
         elif name in table and is_dataclass(hint):
-            problems.append((group, name, f"{name} is a group of settings: write [{name}] and its settings below."))
+            said = f"{name} is a group of settings: write [{name}] and its settings below."
+            problems.append(Problem(group, name, said))
             values[name] = standard
         elif name in table:
             values[name] = _converted(name, given, hint, group, problems)
@@ -163,41 +186,93 @@ def _filled(
     return config_class(**values)
 
 
+def _tables(name: str, kind: type, given: Any, problems: list[Problem]) -> tuple[Any, ...]:
+    """The settings of each of a list of tables, `[[name]]`."""
+    if not (isinstance(given, list) and all(isinstance(one, dict) for one in given)):
+        problems.append(Problem("", name, f"{name} is a list of tables: write [[{name}]] and its settings below."))
+        return ()
+    made: list[Any] = []
+    for number, table in enumerate(given):
+        found: list[Problem] = []
+        made.append(_filled(kind, table, None, name, found, {}))
+        missing = [field for field, value in _fields(made[-1]).items() if value is tyro.MISSING and field not in table]
+        found += [Problem("", name, f"[[{name}]] number {number + 1} lacks {field}.") for field in missing]
+        problems += [one._replace(number=number) for one in found]
+    return tuple(made)
+
+
 def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not MISSING:
         return field.default_factory()
     return tyro.MISSING if field.default is MISSING else field.default
 
 
-def _converted(name: str, given: Any, hint: Any, group: str, problems: list[tuple[str, str, str]]) -> Any:
+def _converted(name: str, given: Any, hint: Any, group: str, problems: list[Problem]) -> Any:
     try:
         return toml.convert(given, hint)
     except toml.Mismatch as expected:
-        problems.append((group, name, f"{name} = {toml.value(given)}: expected {expected}."))
+        problems.append(Problem(group, name, f"{name} = {toml.value(given)}: expected {expected}."))
         return tyro.MISSING
 
 
-def _unknown(config_class: type, table: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """The names in a file that are no settings, as (table, key, message)."""
-    known = _names(config_class)
-    homes = {name: group for group, names in known.items() for name in names}
+def _unknown(config_class: type, table: Mapping[str, Any]) -> Iterator[Problem]:
+    """The names in a file that are no settings."""
+    known, lists = _names(config_class), _all_lists(config_class)
+    homes = {name: _heading(group, lists) for group, names in known.items() for name in names}
     for key, value in table.items():
         if key not in known[""]:
-            yield "", key, f"{key}: no such setting outside the tables. {_where_else(key, known[''], homes)}"
-        elif key in known and isinstance(value, dict):
-            for name in value.keys() - set(known[key]):
-                yield key, name, f"{name}: no such setting in [{key}]. {_where_else(name, known[key], homes)}"
+            yield Problem("", key, f"{key}: no such setting outside the tables. {_where_else(key, known[''], homes)}")
+            continue
+        tables = value if isinstance(value, list) else [value]
+        for number, inner in enumerate(tables if key in known else ()):
+            for name in inner.keys() - set(known[key]) if isinstance(inner, dict) else ():
+                hint = f"Write [[{name}]]." if name in lists else _where_else(name, known[key], homes)
+                yield Problem(key, name, f"{name}: no such setting in {_heading(key, lists)}. {hint}", number)
+
+
+def _heading(name: str, lists: Collection[str]) -> str:
+    return f"[[{name}]]" if name in lists else f"[{name}]" if name else ""
 
 
 def _where_else(key: str, names: list[str], homes: Mapping[str, str]) -> str:
-    return f"It belongs in [{homes[key]}]." if homes.get(key) else shelf.nearest(key, names)
+    """Where a setting belongs that is none here."""
+    return f"It belongs in {homes[key]}." if homes.get(key) else shelf.nearest(key, names)
 
 
 def _names(config_class: type) -> dict[str, list[str]]:
-    """The settings by group; those outside the groups, and the groups themselves, under an empty name."""
+    """The settings by group or list of tables; under an empty name those outside, and the groups and lists."""
+    lists = _all_lists(config_class)
+    tables: dict[str, type] = {**lists, "": config_class, **_groups(config_class)}
+    names = {
+        table: [field.name for field in dataclasses.fields(kind) if field.name not in lists]
+        for table, kind in tables.items()
+    }
+    return {**names, "": [*names[""], *lists]}
+
+
+def _is_group(hint: Any) -> TypeGuard[type]:
+    return isinstance(hint, type) and is_dataclass(hint)
+
+
+def _groups(config_class: type) -> dict[str, type]:
+    return {name: hint for name, hint in typing.get_type_hints(config_class).items() if _is_group(hint)}
+
+
+def _all_lists(config_class: type) -> dict[str, type]:
+    """The lists of tables of a command, in its groups too."""
+    owners = [config_class, *_groups(config_class).values()]
+    return {name: kind for owner in owners for name, kind in _table_lists(owner).items()}
+
+
+def _table_lists(config_class: type) -> dict[str, type]:
+    """The fields that hold several tables, and the dataclass of each."""
     hints = typing.get_type_hints(config_class)
-    groups = {"": config_class, **{name: hint for name, hint in hints.items() if is_dataclass(hint)}}
-    return {name: [field.name for field in dataclasses.fields(group)] for name, group in groups.items()}
+    shapes = {name: (typing.get_origin(hint), typing.get_args(hint)) for name, hint in hints.items()}
+    return {
+        name: arms[0]
+        for name, (origin, arms) in shapes.items()
+        if origin is tuple and arms[1:] == (...,) and _is_group(arms[0])
+    }
 
 
 def _fields(config: Any) -> dict[str, Any]:
@@ -214,9 +289,9 @@ def _plain(value: Any) -> Any:
 
 def _lines(config: Any) -> Iterator[str]:
     """`key = value  # help`, for the settings that are no groups and not None."""
-    helps = _helps(type(config))
+    helps, lists = _helps(type(config)), _table_lists(type(config))
     for name, value in _fields(config).items():
-        if value is not None and not is_dataclass(value):
+        if value is not None and not is_dataclass(value) and name not in lists:
             yield f"{name} = {toml.value(_plain(value))}" + (f"  # {helps[name]}" if name in helps else "")
 
 

@@ -51,7 +51,9 @@ class Concept:
     """Weight of its pictures' loss."""
     masks: Path | None = None
     """Its folder of masks."""
-    validation: float = 0.0
+    alpha_masks: bool | None = None
+    """Take its pictures' own transparency as their masks."""
+    validation: float | None = None
     """Share of its pictures that is held out of the training."""
 
 

@@ -28,7 +28,8 @@ class Mismatch(Exception):
 def convert(value: Any, hint: Any) -> Any:
     """A value from a TOML file as the type `hint` asks for it. Raises Mismatch.
 
-    Strict, as leniency hides mistakes: `"8"` is no number, `8` no text, `1` not true. But `8` will do for 8.0.
+    Strict, as leniency hides mistakes: `"8"` is no number, `8` no text, `1` not true. But `8` will do for 8.0, and for
+    a list of one.
     """
     origin, arms = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
@@ -37,6 +38,8 @@ def convert(value: Any, hint: Any) -> Any:
         return value
     if origin is tuple and isinstance(value, list) and arms[1:] == (...,):
         return tuple(convert(item, arms[0]) for item in value)
+    if origin is tuple and arms[1:] == (...,):
+        return (_first_fit(value, hint, [arms[0]]),)
     if origin is tuple and isinstance(value, list) and len(arms) == len(value):
         return tuple(convert(item, arm) for item, arm in zip(value, arms, strict=True))
     if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
@@ -76,17 +79,21 @@ def value(item: Any) -> str:
     return value(str(item))
 
 
-def line_of(text: str, table: str, key: str) -> int | None:
-    """The line of a TOML text where a key of a table (or the table `key` itself) stands, if it is written plainly."""
-    here = ""
-    for number, line in enumerate(text.splitlines(), 1):
+def line_of(text: str, table: str, key: str, number: int = 0) -> int | None:
+    """The line of a TOML text where a key of a table (or the table `key` itself) stands, if it is written plainly.
+
+    `number` counts the tables of one name: 0 for the first `[[table]]`, and for a `[table]`.
+    """
+    here, seen = "", {"": 1}
+    for count, line in enumerate(text.splitlines(), 1):
         line = line.strip()
         if line.startswith("["):
             here = line.partition("]")[0].strip("[ \t\"'")
-            if not table and here == key:
-                return number
-        elif here == table and line.partition("=")[0].strip(" \t\"'") == key:
-            return number
+            seen[here] = seen.get(here, 0) + 1
+            if not table and (here, seen[here]) == (key, number + 1):
+                return count
+        elif (here, seen[here]) == (table, number + 1) and line.partition("=")[0].strip(" \t\"'") == key:
+            return count
     return None
 
 

@@ -22,8 +22,8 @@ from finetune.errors import Fault
 class Config:
     """Groups that recipes use, and settings of its own outside them."""
 
-    data: settings.Data
     output: settings.Output
+    data: settings.Data = field(default_factory=settings.Data)
     model: settings.Model = field(default_factory=settings.Model)
     prior: settings.Prior = field(default_factory=settings.Prior)
     adapter: settings.Adapter = field(default_factory=settings.Adapter)
@@ -48,7 +48,7 @@ def parse(tmp_path: Path, text: str, *flags: str) -> Config:
 def test_flags_win_over_toml_and_toml_over_defaults(tmp_path: Path) -> None:
     text = '[data]\ndata = "pictures"\n[output]\noutput = "run"\n[adapter]\nrank = 8\nalpha = 4\n'
     made = parse(tmp_path, text, "--rank", "2", "--no-prior")
-    assert made.data == settings.Data(Path("pictures"))
+    assert made.data == settings.Data("pictures")
     assert (made.adapter.rank, made.adapter.alpha, made.adapter.dropout) == (2, 4.0, 0.0)
     assert type(made.adapter.alpha) is float
     assert made.optim.lr == 3e-4, "the recipe's own default of a group"
@@ -88,8 +88,9 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once(tmp_path: Path) -> None:
     [
         ("[train]\nsteps = true", "steps = true: expected a whole number."),
         ("[data]\nstrict = 1", "strict = 1: expected true or false."),
-        ('[data]\nskip = "a.jpg"', 'skip = "a.jpg": expected a list, each item text in quotes.'),
-        ("[data]\ndata = 3", "data = 3: expected a path in quotes."),
+        ("[data]\nskip = 3", "skip = 3: expected a list, each item text in quotes."),
+        ("[data]\ndata = 3", "data = 3: expected text in quotes."),
+        ("[data]\nmasks = 3", "masks = 3: expected a path in quotes."),
         ("sizes = [1]", "sizes = [1]: expected a list of 2: a whole number, a whole number."),
         ("mode = 3", 'mode = 3: expected one of "a", "b".'),
         ("train = 5", "train is a group of settings: write [train] and its settings below."),
@@ -144,10 +145,11 @@ def test_several_values_follow_one_flag() -> None:
 
 def test_what_is_required_may_come_from_either_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        parse(tmp_path, '[output]\noutput = "run"\n')
+        parse(tmp_path, '[data]\ndata = "d"\n')
     assert stopped.value.code == 2
     said = capsys.readouterr().err
-    assert "--data" in said and "--output PATH" not in said
+    assert "--output PATH" in said and "--data" not in said
+    assert parse(tmp_path, '[output]\noutput = "run"\n', "--data", "d").output.output == Path("run")
 
 
 def test_settings_of_one_recipe_are_not_taken_by_another(tmp_path: Path) -> None:
@@ -160,15 +162,72 @@ def test_settings_of_one_recipe_are_not_taken_by_another(tmp_path: Path) -> None
 
 
 def test_the_written_settings_explain_themselves() -> None:
-    text = config.dumps(Config(settings.Data(Path("d")), settings.Output(Path("o"))))
+    text = config.dumps(Config(settings.Output(Path("o")), settings.Data("d")))
     assert "\nrank = 16  # Rank of the two thin matrices\n" in text
     assert text.startswith("depth = 3  # How deep\n")
     assert "revision" not in text, "None is left out"
 
 
 def test_plain_values_are_what_json_holds() -> None:
-    plain = config.asdict(Config(settings.Data(Path("d"), skip=("a", "b")), settings.Output(Path("o"))))
+    plain = config.asdict(Config(settings.Output(Path("o")), settings.Data("d", skip=("a", "b"))))
     assert (plain["data"]["data"], plain["data"]["skip"], plain["data"]["prompt"]) == ("d", ["a", "b"], None)
+
+
+CONCEPTS = """
+[data]
+trigger = "sks"
+[[concepts]]
+data = "dogs"
+weight = 2
+class_prompt = "a dog"
+[output]
+output = "run"
+[[concepts]]
+data = "vases"
+trigger = "vzs"
+"""
+
+
+def test_a_list_of_tables_is_read_and_written(tmp_path: Path) -> None:
+    made = parse(tmp_path, CONCEPTS, "--prompt", "a photo")
+    first, second = made.data.concepts
+    assert first == settings.Concept("dogs", weight=2.0, class_prompt=("a dog",))
+    assert second == settings.Concept("vases", trigger="vzs")
+    assert (made.data.trigger, made.data.prompt, made.output.output) == ("sks", "a photo", Path("run"))
+    text = config.dumps(made)
+    assert text.count("[[concepts]]") == 2 and "\nconcepts =" not in text
+    assert parse(tmp_path, text) == made
+    assert config.asdict(made)["data"]["concepts"][1]["data"] == "vases"
+
+
+def test_all_that_is_wrong_with_a_list_of_tables_is_said_with_its_lines(tmp_path: Path) -> None:
+    text = CONCEPTS + 'wieght = 3\nflip = true\nrepeats = "2"\n[[concepts]]\nprompt = "x"\n[train]\nrepeats = 2\n'
+    with pytest.raises(Fault) as caught:
+        parse(tmp_path, text)
+    assert caught.value.details == [
+        "line 13: wieght: no such setting in [[concepts]]. Did you mean weight?",
+        "line 14: flip: no such setting in [[concepts]]. There is: alpha_masks, class_data, class_prompt, data, masks, "
+        "prompt, repeats, template, trigger, validation, weight.",
+        'line 15: repeats = "2": expected a whole number.',
+        "line 16: [[concepts]] number 3 lacks data.",
+        "line 19: repeats: no such setting in [train]. It belongs in [[concepts]].",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ['concepts = "dogs"', "concepts = [1]", '[concepts]\ndata = "dogs"', '[data]\nconcepts = "dogs"',
+             '[[data.concepts]]\ndata = "dogs"'],
+)  # fmt: skip
+def test_a_list_of_tables_has_one_form(tmp_path: Path, text: str) -> None:
+    with pytest.raises(Fault) as caught:
+        parse(tmp_path, text)
+    assert any("rite [[concepts]]" in detail for detail in caught.value.details)
+
+
+def test_one_value_is_a_list_of_one(tmp_path: Path) -> None:
+    made = parse(tmp_path, '[data]\nskip = "a.jpg"\n', "--output", "o")
+    assert made.data.skip == ("a.jpg",)
+    assert toml.convert(512, tuple[int, ...]) == (512,)
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
