@@ -61,16 +61,16 @@ def grid(
     cells = [[image.resize((image.width * factor, image.height * factor), Images.Resampling.NEAREST) for image in row]
              for row in rows]  # fmt: skip
     width, height = max(c.width for row in cells for c in row), max(c.height for row in cells for c in row)
-    title, row_labels, column_labels = _plain(title or ""), [*map(_plain, row_labels)], [*map(_plain, column_labels)]
+    title, row_labels, column_labels = plain(title or ""), [*map(plain, row_labels)], [*map(plain, column_labels)]
     font, heading = ImageFont.load_default(max(14, width // 18)), ImageFont.load_default(max(18, width // 13))
 
-    columns = [_wrap(label, font, width) for label in column_labels]
+    columns = [wrap(label, font, width) for label in column_labels]
     left = 0 if not any(row_labels) else GAP + max(_width(line, font) for line in _lines(row_labels, font, width))
     total = left + len(column_labels) * (width + GAP) + GAP
-    titles = _wrap(title, heading, total - 2 * GAP)
+    titles = wrap(title, heading, total - 2 * GAP)
     top_title = GAP + _block(titles, heading) if titles else 0
     top = top_title + (GAP + max(_block(lines, font) for lines in columns) if any(columns) else 0) + GAP
-    names = [_wrap(label, font, width) for label in row_labels]
+    names = [wrap(label, font, width) for label in row_labels]
     heights = [max(height, _block(lines, font)) for lines in names]
 
     sheet = Images.new("RGB", (total, top + sum(heights) + GAP * len(rows)), PAPER)
@@ -92,13 +92,13 @@ def grid(
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """The text in the letters that PIL's own font has (ASCII): accents fall, other letters are written as codes."""
     bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return bare.encode("ascii", "backslashreplace").decode()
 
 
-def _wrap(text: str, font: Font, width: int) -> list[str]:
+def wrap(text: str, font: Font, width: int) -> list[str]:
     """Lines no wider than `width` pixels; a word that is wider is cut where it must be."""
     lines: list[str] = []
     for word in text.split():
@@ -114,7 +114,7 @@ def _wrap(text: str, font: Font, width: int) -> list[str]:
 
 
 def _lines(labels: Sequence[str], font: Font, width: int) -> list[str]:
-    return [line for label in labels for line in _wrap(label, font, width)]
+    return [line for label in labels for line in wrap(label, font, width)]
 
 
 def _width(text: str, font: Font) -> int:

@@ -113,15 +113,15 @@ def test_long_labels_are_wrapped_and_none_is_lost() -> None:
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=80), width=st.integers(40, 300))
 def test_wrapped_lines_fit_and_keep_every_letter(text: str, width: int) -> None:
-    font, bare = ImageFont.load_default(14), pictures._plain(text)
-    lines = pictures._wrap(bare, font, width)
+    font, bare = ImageFont.load_default(14), pictures.plain(text)
+    lines = pictures.wrap(bare, font, width)
     assert "".join("".join(lines).split()) == "".join(bare.split())
     assert all(font.getlength(line) <= width + 0.5 for line in lines)
 
 
 def test_letters_that_the_font_lacks_are_still_told() -> None:
-    assert pictures._plain("Übergröße") == "Ubergro\\xdfe"
-    assert pictures._plain("犬") == "\\u72ac"
+    assert pictures.plain("Übergröße") == "Ubergro\\xdfe"
+    assert pictures.plain("犬") == "\\u72ac"
 
 
 def test_rows_and_labels_must_agree() -> None:

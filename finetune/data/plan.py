@@ -107,8 +107,14 @@ def check(framing: Framing) -> None:
 
 def describe(framed: Sequence[Framed]) -> list[str]:
     """Lines for the run's summary: the sizes with their numbers of pictures, enlargement, crops, masks."""
+    counts = table(framed)
+    return [*([f"trained at {_sizes(counts)}"] if counts else []), *placement(framed)]
+
+
+def placement(framed: Sequence[Framed]) -> list[str]:
+    """`describe` without the sizes."""
     views = [view for one in framed for found in one.views.values() for view in found]
-    lines = [f"trained at {_sizes(table(framed))}"] if views else []
+    lines = []
     if small := [one for one in framed if any(view.scale > 1 for found in one.views.values() for view in found)]:
         most = max(view.scale for view in views)
         lines.append(f"smaller than they are trained, enlarged up to x{most:.2f}: {_names(small)}")
