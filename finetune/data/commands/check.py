@@ -1,0 +1,123 @@
+"""finetune data check FOLDER: every problem of a data set at once, in order of weight. No file is changed.
+
+Exit status: 0 when training would start, 1 when it would not, 2 when the command itself is not understood.
+
+`--json` prints one object:
+
+    starts          bool: whether training would start
+    pictures        int: pictures that can be read
+    captions        int: those with captions of their own
+    concepts        {name: int}: pictures that an epoch sees of each concept
+    resolutions     [int]: sides that were asked about
+    buckets         [{"width": int, "height": int, "pictures": int}]: sizes that are trained
+    findings        [{"severity": "error" | "warning" | "note", "code": str, "text": str, "files": [str],
+                      "advice": str}], in order of weight; "error": training would not start. The codes are the keys
+                      of `finetune.data.findings.ADVICE`
+    recommendation  {"steps": int, "repeats": {name: int}, "reason": str}, or null when there is nothing to train on
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, Suppress
+
+from finetune.errors import FAILED, Fault
+from finetune.settings import Adapter, Captions, Data, Framing, Loss, Model, Optim, Prior, Samples, Train
+
+if TYPE_CHECKING:
+    from finetune.data.doctor import Report
+
+HEADS = {
+    "error": "Training would not start",
+    "warning": "Training would start, with a worse result",
+    "note": "Good to know",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Look a data set over: every problem at once, in order of weight. Changes no file.
+
+    Exit status: 0 when training would start, 1 when not.
+    """
+
+    folder: Positional[str | None] = None
+    """The pictures: a folder, or hf:NAME. Default: what the TOML file of --config says."""
+    json: bool = False
+    """Print the findings as JSON."""
+    data: Data = field(default_factory=Data)
+    captions: Captions = field(default_factory=Captions)
+    framing: Framing = field(default_factory=Framing)
+    model: Model = field(default_factory=Model)
+    train: Annotated[Train, Suppress] = field(default_factory=Train)
+    # Tables of a training's TOML file that say nothing about the data
+    prior: Annotated[Prior, Suppress] = field(default_factory=Prior)
+    adapter: Annotated[Adapter, Suppress] = field(default_factory=Adapter)
+    optim: Annotated[Optim, Suppress] = field(default_factory=Optim)
+    loss: Annotated[Loss, Suppress] = field(default_factory=Loss)
+    samples: Annotated[Samples, Suppress] = field(default_factory=Samples)
+
+
+def main(config: Config) -> None:
+    data = chosen(config.folder, config.data)
+
+    from rich.console import Console
+    from rich.progress import track
+
+    from finetune.data import doctor
+
+    console = Console(stderr=True)
+    report = doctor.examine(
+        data,
+        config.captions,
+        config.framing,
+        config.model,
+        batch=config.train.batch_size * config.train.accumulation,
+        seed=config.train.seed,
+        track=lambda items, what: track(items, what, console=console, transient=True),
+    )
+    print(json.dumps(_plain(report), indent=2) if config.json else "\n".join(_text(report)))
+    if not report.starts:
+        sys.exit(FAILED)
+
+
+def chosen(folder: str | None, data: Data) -> Data:
+    """The data that the positional FOLDER or the settings name. Raises Fault for both, and for none."""
+    if folder is not None and (data.data is not None or data.concepts):
+        raise Fault(f"{folder}: the settings name data too. Give the one or the other.")
+    if folder is None and data.data is None and not data.concepts:
+        raise Fault("which data? Give a folder of pictures, hf:NAME, or a TOML file that names them: --config FILE.")
+    return data if folder is None else replace(data, data=folder)
+
+
+def _plain(report: Report) -> dict[str, Any]:
+    """What `--json` prints."""
+    buckets = [{"width": w, "height": h, "pictures": count} for (h, w), count in report.buckets.items()]
+    return {"starts": report.starts, **asdict(report), "buckets": buckets}
+
+
+def _text(report: Report) -> Iterator[str]:
+    """The report for reading: what is there, the findings by severity and kind, the recommendation."""
+    own = f", {report.captions} with captions of their own" if report.captions else ""
+    yield f"{report.pictures} pictures{own}"
+    if report.buckets:
+        sizes = [f"{width} x {height} ({count})" for (height, width), count in report.buckets.items()]
+        yield f"trained at {', '.join(sizes[:12])}" + (f" and {len(sizes) - 12} other sizes" if sizes[12:] else "")
+    for severity, found in groupby(report.findings, key=lambda one: one.severity):
+        same = list(found)
+        yield f"\n{HEADS[severity]}: {len(same)}"
+        for advice, kind in groupby(same, key=lambda one: one.advice):
+            yield from (f"  - {one.text}" for one in kind)
+            yield f"    {advice}"
+    if report.recommendation:
+        yield f"\nRecommended: --steps {report.recommendation.steps} ({report.recommendation.reason})"
+        for name, repeats in report.recommendation.repeats.items():
+            yield f"  {name}: repeats = {repeats}"
+    count = sum(one.severity == "error" for one in report.findings)
+    yield "\nTraining would start." if report.starts else f"\nTraining would not start: see the first {count} above."

@@ -1,0 +1,206 @@
+"""The doctor's single checks, on examples whose pictures can be read. Each yields what it finds, none raises."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from finetune.data import looks, plan
+from finetune.data.examples import Example
+from finetune.data.findings import Finding, finding, named, of_line
+from finetune.data.looks import BLURRED, Look
+from finetune.data.pictures import printable
+from finetune.data.plan import Framed
+from finetune.settings import Data
+
+GPS = 0x8825
+WINDOW = 75
+"""Tokens of a caption that CLIP's text encoders see: 77 less the two that stand for its beginning and end"""
+FREQUENT = 0.9
+"""A tag in at least this share of the captions is said to be over-frequent."""
+CAPTIONS = 5
+"""... where there are at least so many captions: among fewer, every tag is frequent."""
+UNBALANCED = 3.0
+"""Concepts are said to be unbalanced when one is seen more than so many times as often as another."""
+
+Near = Mapping[str, Look]
+"""Looks by the digest of the picture"""
+
+
+def names(examples: Iterable[Example]) -> list[str]:
+    return [example.name or example.path.name for example in examples]
+
+
+def copies(examples: Sequence[Example], seen: Near) -> Iterator[Finding]:
+    """Pictures that are the same to the pixel, and such as only look the same."""
+    same = defaultdict(list)
+    for example in examples:
+        assert example.facts is not None
+        same[example.facts.digest].append(example)
+    for group in same.values():
+        if len(group) > 1:
+            yield finding("warning", "duplicate", f"the same picture: {named(names(group))}", names(group))
+    known = [digest for digest in same if digest in seen]
+    for numbers in looks.near([seen[digest] for digest in known]):
+        group = [same[known[number]][0] for number in numbers]
+        yield finding("warning", "near-duplicate", f"look alike: {named(names(group))}", names(group))
+
+
+def blurred(examples: Sequence[Example], seen: Near) -> Iterator[Finding]:
+    """Pictures without a sharp part at the size that they are trained at, the worst first."""
+    found = []
+    for example in examples:
+        look = seen.get(example.facts.digest) if example.facts else None
+        if look is not None and look.sharpness < BLURRED:
+            found.append((look.sharpness, example))
+    for sharpness, example in sorted(found, key=lambda pair: pair[0]):
+        (name,) = names([example])
+        text = f"{printable(name)}: blurred: sharpness {sharpness:.0f}, sharp pictures have {BLURRED:.0f} or more"
+        yield finding("warning", "blurred", text if sharpness else f"{printable(name)}: shows one colour only", [name])
+
+
+def sizes(framed: Sequence[Framed], batch: int) -> Iterator[Finding]:
+    """Pictures that cannot be trained as framed, that are enlarged, and that are alone in their bucket."""
+    alone = defaultdict(list)
+    for one in framed:
+        (name,) = names([one.example])
+        for fault in one.faults:
+            code = of_line(fault).code
+            code = code if code in ("mask", "setting", "size") else "size"
+            yield finding("error", code, f"{printable(name)}: {fault}", [name])
+        for resolution, reason in {} if one.faults else one.reasons.items():
+            yield finding("note", "resolution", f"{printable(name)}: not trained at {resolution}: {reason}", [name])
+        largest = max((view.scale for views in one.views.values() for view in views), default=1.0)
+        if largest > 1:
+            yield finding("warning", "enlarged", f"{printable(name)}: enlarged x{largest:.2f}", [name])
+        for views in one.views.values():
+            alone[views[0].target].append(name)
+    if batch > 1 and len(alone) > 1:
+        for (height, width), inside in alone.items():
+            if len(inside) == 1:
+                text = f"{printable(inside[0])}: the only picture trained at {width} x {height}"
+                yield finding("warning", "bucket", text, inside)
+
+
+def facts(examples: Sequence[Example]) -> Iterator[Finding]:
+    """What was done to pictures while reading them, and what their files hold that is not passed on."""
+    kinds = {
+        "turned": ("turned upright by their EXIF data", lambda one: one.facts.turned),
+        "transparent": ("transparent, put on the background", lambda one: one.facts.transparent and not one.mask),
+        "private": ("hold the place where they were taken, which is not passed on", lambda one: located(one)),
+    }
+    for example in examples:
+        (name,) = names([example])
+        for note in example.facts.notes if example.facts else ():
+            yield finding("warning", "picture", f"{printable(name)}: {note}", [name])
+    for code, (what, holds) in kinds.items():
+        if concerned := names(one for one in examples if holds(one)):
+            yield finding("note", code, f"{len(concerned)} {what}: {named(concerned)}", concerned)
+
+
+def located(example: Example) -> bool:
+    """Whether the file's EXIF data hold a place (GPS). Reads the header only."""
+    try:
+        with warnings.catch_warnings(), Image.open(example.path) as opened:
+            warnings.simplefilter("ignore")
+            return bool(opened.getexif().get_ifd(GPS))
+    except Exception:  # a broken EXIF block is said elsewhere
+        return False
+
+
+def captions(examples: Sequence[Example], settings: Data, tokenizers: Sequence[Any]) -> Iterator[Finding]:
+    """Captions that are too long, lack the trigger, or are the prompt where others have their own."""
+    own = [one for one in examples if one.own_caption]
+    rest = names(one for one in examples if not one.own_caption)
+    if own and rest:
+        yield finding("warning", "caption-prompt", f"{len(rest)} trained with the prompt: {named(rest)}", rest)
+    for example in examples:
+        (name,) = names([example])
+        for caption in example.captions:
+            if cut := cut_off(tokenizers, caption):
+                text = f'{printable(name)}: the caption is longer than the text encoder reads; cut off: "{cut}"'
+                yield finding("warning", "caption-long", text, [name])
+    for number, trigger in triggers(settings).items():
+        lack = [one for one in examples if one.concept == number and not all(has(trigger, c) for c in one.captions)]
+        if lack:
+            text = f'without the trigger "{trigger}": {named(names(lack))}'
+            yield finding("warning", "trigger", text, names(lack))
+    for number in dict.fromkeys(one.concept for one in own):
+        inside = [one for one in own if one.concept == number]
+        yield from tags(inside, triggers(settings).get(number))
+
+
+def cut_off(tokenizers: Sequence[Any], caption: str) -> str | None:
+    """What the text encoders do not see of a caption. Without tokenizers, what they cannot see: a word is a token."""
+    if tokenizers:
+        from finetune.data import captions as texts
+
+        return texts.cut_off(tokenizers, caption)
+    return " ".join(caption.split()[WINDOW:]) or None
+
+
+def triggers(settings: Data) -> dict[int, str]:
+    """Each concept's trigger, by number."""
+    given = [one.trigger or settings.trigger for one in settings.concepts] or [settings.trigger]
+    return {number: trigger for number, trigger in enumerate(given) if trigger}
+
+
+def has(trigger: str, caption: str) -> bool:
+    """Whether a caption holds the trigger as a word of its own."""
+    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE) is not None
+
+
+def tags(examples: Sequence[Example], trigger: str | None) -> Iterator[Finding]:
+    """Tags (parts between commas) that nearly all captions have, other than the trigger."""
+    counts: Counter[str] = Counter()
+    for example in examples:
+        parts = (" ".join(part.split()).lower() for caption in example.captions for part in caption.split(","))
+        counts.update({part for part in parts if part})
+    if len(examples) < CAPTIONS or not any("," in caption for one in examples for caption in one.captions):
+        return
+    for tag, count in counts.most_common():
+        if count >= FREQUENT * len(examples) and not (trigger and has(trigger, tag)):
+            yield finding("warning", "tag", f'"{tag}" is in {count} of {len(examples)} captions')
+
+
+def balance(examples: Sequence[Example], settings: Data) -> Iterator[Finding]:
+    """Concepts of which one is seen far more often than another."""
+    seen = epoch(examples)
+    if len(seen) < 2 or max(seen.values()) <= UNBALANCED * min(seen.values()):
+        return
+    parts = [f"{title(settings, number)}: {count}" for number, count in seen.items()]
+    yield finding("warning", "balance", f"pictures that an epoch sees of each concept differ: {'; '.join(parts)}")
+
+
+def epoch(examples: Iterable[Example]) -> dict[int, int]:
+    """How many pictures an epoch sees of each concept."""
+    counts: Counter[int] = Counter()
+    for example in examples:
+        counts[example.concept] += example.repeats
+    return dict(sorted(counts.items()))
+
+
+def title(settings: Data, number: int) -> str:
+    """What the user calls a concept: its trigger, or its folder."""
+    if not settings.concepts:
+        return settings.trigger or "all"
+    one = settings.concepts[number]
+    return printable(one.trigger or one.data)
+
+
+def batches(framed: Sequence[Framed], batch: int) -> Iterator[Finding]:
+    """Fewer pictures than a step takes."""
+    count = sum(one.example.repeats for one in framed if one.views)
+    if 0 < count < batch:
+        text = f"a step takes {batch} pictures, and there are {count}: some would be seen twice in one step"
+        yield finding("warning", "batch", text)
+
+
+def buckets(framed: Sequence[Framed]) -> dict[tuple[int, int], int]:
+    """Sizes (height, width) with their numbers of pictures."""
+    return plan.table(framed)
