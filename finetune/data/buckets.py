@@ -23,7 +23,11 @@ Sizes = NDArray[np.int64]
 
 
 class Unfit(Fault):
-    """A picture that cannot be trained at a resolution, and why. The reason names no file."""
+    """A picture that cannot be trained at a resolution, why, and what can be done. The reason names no file."""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(reason)
+        self.advice = advice
 
 
 def bucket(original: tuple[int, int], resolution: int, multiple: int, framing: Framing) -> tuple[int, int]:
@@ -43,10 +47,10 @@ def bucket(original: tuple[int, int], resolution: int, multiple: int, framing: F
     require_multiple(resolution, multiple)
     target = _of_full_size(original, resolution, multiple, framing) or _smaller(original, resolution, multiple, framing)
     if target is None:
-        raise Unfit(_too_small(original, resolution, multiple, framing.max_upscale))
+        raise _too_small(original, resolution, multiple, framing.max_upscale)
     kept = geometry.centre(original, target).kept
     if kept < framing.min_kept:
-        raise Unfit(_too_little(original, target, kept, framing))
+        raise _too_little(original, target, kept, framing)
     return target
 
 
@@ -116,21 +120,19 @@ def _pair(size: NDArray[np.int64]) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
-def _too_small(original: tuple[int, int], resolution: int, multiple: int, max_upscale: float) -> str:
-    """How far it would have to be enlarged, and what can be done."""
+def _too_small(original: tuple[int, int], resolution: int, multiple: int, max_upscale: float) -> Unfit:
     height, width = original
     least = max(resolution / 2 / math.sqrt(height * width), multiple / min(original))
-    return (
-        f"{width} x {height} pixels are too few for --resolution {resolution}: even at half the side they would be "
-        f"enlarged x{math.ceil(least * 100) / 100:.2f}, more than --max-upscale {max_upscale:g}. "
-        "Give a larger picture, a lower --resolution or a higher --max-upscale, or leave it out with --skip"
+    return Unfit(
+        f"{width} x {height} pixels are too few for --resolution {resolution}: even at the smallest size they would be "
+        f"enlarged x{math.ceil(least * 100) / 100:.2f}, more than --max-upscale {max_upscale:g}",
+        "Give larger pictures, a lower --resolution or a higher --max-upscale.",
     )
 
 
-def _too_little(original: tuple[int, int], target: tuple[int, int], kept: float, framing: Framing) -> str:
-    """What would be left of it, and what can be done."""
-    other = "Crop it to the part that matters" if framing.buckets else "Train with --buckets, crop it yourself"
-    return (
-        f"{original[1]} x {original[0]} pixels, cut to {target[1]} x {target[0]}, keep {kept:.0%} of the picture, less "
-        f"than --min-kept {framing.min_kept:g}. {other}, give a lower --min-kept, or leave it out with --skip"
+def _too_little(original: tuple[int, int], target: tuple[int, int], kept: float, framing: Framing) -> Unfit:
+    return Unfit(
+        f"{original[1]} x {original[0]} pixels cut to {target[1]} x {target[0]} keep {kept:.0%} of the picture, less "
+        f"than --min-kept {framing.min_kept:g}",
+        f"Crop what is too long{'' if framing.buckets else ', or train with --buckets'}, or give a lower --min-kept.",
     )

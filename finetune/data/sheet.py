@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from finetune.data import geometry, masks, pictures, plan
+from finetune.data import frames, geometry, masks, pictures
 from finetune.data.geometry import Geometry
 from finetune.data.pictures import BadPicture
-from finetune.data.plan import Framed
+from finetune.data.frames import Framed
 from finetune.errors import Fault
 from finetune.pictures import Font, plain, wrap
 
@@ -127,7 +127,11 @@ def _whole(one: Framed, picture: Image.Image, colours: dict[int, str]) -> Image.
         pixels += (255 - pixels) * outside * 0.6
     drawn = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(drawn)
+    known = list(colours.values())
     for colour, (left, top, right, bottom) in places:
+        inset = 3 * known.index(colour)  # crops at several resolutions often lie in one place
+        if min(right - left, bottom - top) > 2 * inset + 6:
+            left, top, right, bottom = left + inset, top + inset, right - inset, bottom - inset
         draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=3)
     if one.focus is not None:
         _draw_focus(draw, one.focus[0] * thumb.width, one.focus[1] * thumb.height)
@@ -143,19 +147,20 @@ def _strip(one: Framed, picture: Image.Image, colours: dict[int, str]) -> Image.
     turned = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for number, (side, view) in enumerate(views):
         seen = geometry.crop(turned if view.mirrored else picture, view)
-        width = max(4, round((THUMB - 4) * seen.width / seen.height))
-        if x + width + 4 > SIDE - (24 if number < len(views) - 1 else 0):
+        scale = min((THUMB - 4) / seen.height, 2 * THUMB / seen.width)
+        width, height = max(4, round(seen.width * scale)), max(4, round(seen.height * scale))
+        if x + width + 4 > SIDE - (36 if number < len(views) - 1 else 0):
             ImageDraw.Draw(strip).text((x + 2, THUMB // 2), f"+{len(views) - number}", QUIET, _font(), "lm")
             break
-        strip.paste(colours[side], (x, 0, x + width + 4, THUMB))
-        strip.paste(seen.resize((width, THUMB - 4), Image.Resampling.LANCZOS), (x + 2, 2))
+        strip.paste(colours[side], (x, 0, x + width + 4, height + 4))
+        strip.paste(seen.resize((width, height), Image.Resampling.LANCZOS), (x + 2, 2))
         x += width + 8
     return strip
 
 
 def _lines(one: Framed, colours: dict[int, str]) -> list[tuple[str, str]]:
     """What stands below a picture, line by line, with the colour of each."""
-    said = [(text, INK) for text in _wrapped(plan.name(one.example), 2)]
+    said = [(text, INK) for text in _wrapped(frames.name(one.example), 2)]
     for side, views in one.views.items():
         said += [(text, colours[side]) for text in _wrapped(_placement(views), 3)]
     if not one.faults:
@@ -167,7 +172,7 @@ def _lines(one: Framed, colours: dict[int, str]) -> list[tuple[str, str]]:
     if captions:
         said += [(text, QUIET) for text in _wrapped(f'"{captions[0]}"', 3)]
     if len(captions) > 1:
-        said.append((f"and {len(captions) - 1} more captions", QUIET))
+        said.append((f"and {len(captions) - 1} more caption{'s' * (len(captions) > 2)}", QUIET))
     return said
 
 
@@ -202,12 +207,12 @@ def _header(title: str, framed: Sequence[Framed], colours: dict[int, str], whole
     y += _tall(font) if len(colours) > 1 else 0
     faults = sum(bool(one.faults) for one in framed)
     lines = [(f"{faults} cannot be trained as they are: framed in red", BAD)] if faults else []
-    lines += [(line, QUIET) for line in plan.placement(framed)]
+    lines += [(line, QUIET) for line in frames.placement(framed)]
     for line, colour in lines:
         for text in wrap(plain(line), font, width - 2 * GAP)[:2]:
             draw.text((GAP, y), text, colour, font)
             y += _tall(font)
-    y = _draw_table(draw, plan.table(framed), y + GAP, width)
+    y = _draw_table(draw, frames.table(framed), y + GAP, width)
     return head.crop((0, 0, width, y))
 
 
