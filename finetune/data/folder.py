@@ -1,4 +1,4 @@
-"""A folder of pictures -> examples. All of its faults are found and said at once; no file is changed or passed over.
+"""A folder of pictures with caption files. No file is changed or passed over.
 
 `name.txt` beside `name.jpg` is its caption; `name.jpg.txt` is too, and is what tells `name.jpg` from `name.png`.
 """
@@ -15,10 +15,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from finetune.data import pictures
-from finetune.data.examples import Example
-from finetune.data.pictures import BadPicture, Facts, printable
+from finetune.data.found import Found, Picture, Problem, listed, not_utf8, one_line
+from finetune.data.pictures import printable
 from finetune.errors import Fault
-from finetune.settings import Data
 
 CAPTION = ".txt"
 
@@ -39,38 +38,17 @@ class Listing:
         return {path.name for path in (*self.pictures, *self.captions, *self.others)}
 
 
-def read(settings: Data) -> list[Example]:
-    """The folder's pictures with their captions, by name; mirror images behind them where `flip` asks for them.
+def find(listing: Listing, skip: Sequence[str] = (), several: bool = False) -> Found:
+    """The folder's pictures with their own captions, by name. With `several`, each line of a file is one.
 
-    Every picture is decoded whole. Raises one Fault that lists all that is wrong with the folder.
+    Raises Fault when there are no pictures.
     """
-    pictures.colour(settings.background)
-    listing = look(settings.data)
-    chosen = [path for path in listing.pictures if path.name not in settings.skip]
+    chosen = [path for path in listing.pictures if path.name not in skip]
     if not chosen:
-        raise Fault(_none_found(listing))
-    facts, unreadable = _decode(chosen)
-    captions, faults = _captions(listing, settings.skip)
-    faults += [_unknown_skip(name, listing) for name in settings.skip if name not in listing.names]
-    prompt = " ".join((settings.prompt or "").split())
-    bare = [path for path in chosen if not captions.get(path)]
-    missing = [_missing(path, captions) for path in bare] if settings.strict or not prompt else []
-    _raise_all(listing.folder, unreadable, faults, missing, settings.strict)
-    examples = [
-        Example(path, captions.get(path) or prompt, own_caption=bool(captions.get(path)), facts=facts[path])
-        for path in chosen
-    ]
-    return examples + [_mirrored(one) for one in examples] if settings.flip else examples
-
-
-def read_plain(folder: Path, caption: str, weight: float = 1.0) -> list[Example]:
-    """The folder's pictures, all with the same caption and weight: class pictures. The same checks as `read`."""
-    listing = look(folder)
-    if not listing.pictures:
-        raise Fault(_none_found(listing))
-    facts, unreadable = _decode(listing.pictures)
-    _raise_all(listing.folder, unreadable, [], [], strict=False)
-    return [Example(path, caption, weight, facts=facts[path]) for path in listing.pictures]
+        raise Fault(none_found(listing))
+    captions, problems = own_captions(listing, skip, several)
+    problems += [unknown_skip(name, listing.names) for name in skip if name not in listing.names]
+    return Found([Picture(path, path.name, captions.get(path, ()), lack(path, captions)) for path in chosen], problems)
 
 
 def look(folder: Path) -> Listing:
@@ -104,61 +82,55 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in pictures.SUFFIXES and not path.name.startswith(".")
 
 
-def read_caption(path: Path) -> str:
-    """The text of a caption file on one line, without a byte order mark. Raises Fault when it is not UTF-8."""
+def read_captions(path: Path, several: bool = False) -> tuple[str, ...]:
+    """The text of a caption file on one line, or each line by itself, without a byte order mark; () for an empty file.
+
+    Raises Fault when it is not UTF-8.
+    """
+    name = printable(path.name)
     try:
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
     except OSError as error:
-        raise Fault(f"{printable(path.name)}: cannot be read: {os.strerror(error.errno or 0)}") from error
+        raise Fault(f"{name}: cannot be read: {os.strerror(error.errno or 0)}") from error
     except UnicodeDecodeError as error:
-        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            encoding, what = "UTF-16", "UTF-16"
-        else:
-            encoding, what = "WINDOWS-1252", f"byte 0x{raw[error.start]:02x} at offset {error.start}"
-        name = shlex.quote(printable(path.name))
-        fix = f"`iconv -f {encoding} -t UTF-8 {name} > fixed.txt`"
-        raise Fault(f"{printable(path.name)}: not UTF-8 ({what}). Save it as UTF-8, e.g. {fix}") from error
+        raise not_utf8(name, error.object, error, shlex.quote(name)) from error
     if "\0" in text:
-        raise Fault(f"{printable(path.name)}: holds a zero byte at offset {raw.index(0)}: not a text file")
-    return " ".join(text.split())
+        raise Fault(f"{name}: holds a zero byte at offset {raw.index(0)}: not a text file")
+    lines = text.splitlines() if several else [text]
+    return tuple(dict.fromkeys(line for part in lines if (line := one_line(part))))
 
 
-def _decode(paths: Sequence[Path]) -> tuple[dict[Path, Facts], list[BadPicture]]:
-    """Decode all: what was found in each, and those that cannot be used."""
-    facts: dict[Path, Facts] = {}
-    bad: list[BadPicture] = []
-    for path in paths:
-        try:
-            facts[path] = pictures.decode(path)[1]
-        except BadPicture as error:
-            bad.append(error)
-    return facts, bad
+def read_caption(path: Path) -> str:
+    """The text of a caption file on one line, "" for an empty one. Raises Fault as `read_captions` does."""
+    return next(iter(read_captions(path)), "")
 
 
-def _captions(listing: Listing, skip: Sequence[str]) -> tuple[dict[Path, str], list[str]]:
-    """Each picture's own caption, "" for an empty file; and what is wrong with the caption files."""
+def own_captions(
+    listing: Listing, skip: Sequence[str], several: bool
+) -> tuple[dict[Path, tuple[str, ...]], list[Problem]]:
+    """Each picture's own captions, none for an empty file; and what is wrong with the caption files."""
     owners: dict[Path, list[Path]] = {file: [] for file in listing.captions if file.name not in skip}
     for picture, file in caption_files(listing.pictures, list(owners)).items():
         owners[file].append(picture)
-    captions: dict[Path, str] = {}
-    faults = []
+    captions: dict[Path, tuple[str, ...]] = {}
+    problems: list[Problem] = []
     for file, owned in owners.items():
         chosen = [picture for picture in owned if picture.name not in skip]
         if len(chosen) == 1:
             try:
-                captions[chosen[0]] = read_caption(file)
+                captions[chosen[0]] = read_captions(file, several)
             except Fault as error:
-                faults.append(error.message)
+                problems.append(Problem("caption file", error.message, (file.name,)))
         else:
-            faults += _unclear(file, chosen if owned else _meant(file, listing.pictures))
-    return captions, faults
+            problems += _unclear(file, chosen if owned else _meant(file, listing.pictures))
+    return captions, problems
 
 
 def caption_files(found: Sequence[Path], files: Sequence[Path]) -> dict[Path, Path]:
     """The caption file of each picture that has one: name.jpg.txt before name.txt, same spelling before other case."""
     chosen: dict[Path, Path] = {}
-    for spelling in (_folded, _composed):
+    for spelling in (_folded, composed):
         index = {spelling(file.stem): file for file in reversed(files)}
         for picture in found:
             for name in (picture.stem, picture.name):
@@ -167,13 +139,13 @@ def caption_files(found: Sequence[Path], files: Sequence[Path]) -> dict[Path, Pa
     return chosen
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
     """One spelling for accented letters: macOS writes them in two parts (NFD), others in one (NFC)."""
     return unicodedata.normalize("NFC", name)
 
 
 def _folded(name: str) -> str:
-    return _composed(name).casefold()
+    return composed(name).casefold()
 
 
 def _meant(file: Path, found: Sequence[Path]) -> list[Path]:
@@ -181,48 +153,28 @@ def _meant(file: Path, found: Sequence[Path]) -> list[Path]:
     return [picture for picture in found if _folded(picture.name).startswith(_folded(file.stem) + ".")]
 
 
-def _unclear(file: Path, meant: Sequence[Path]) -> list[str]:
+def _unclear(file: Path, meant: Sequence[Path]) -> list[Problem]:
     """The fault of a caption file that several pictures could mean; none when no picture does (a README.txt)."""
     if not meant:
         return []
-    names = _listed([path.name for path in meant])
-    files = _listed([path.name + CAPTION for path in meant])
-    return [f"{printable(file.name)}: whose caption is it? It could be that of {names}. Use {files} instead"]
+    names = listed([path.name for path in meant])
+    files = listed([path.name + CAPTION for path in meant])
+    text = f"{printable(file.name)}: whose caption is it? It could be that of {names}. Use {files} instead"
+    return [Problem("caption file", text, (file.name, *(path.name for path in meant)))]
 
 
-def _listed(names: Sequence[str], most: int = 4) -> str:
-    """ "a, b and c", the first few of many."""
-    shown = [printable(name) for name in names[:most]] + (["others"] if len(names) > most else [])
-    return " and ".join(part for part in (", ".join(shown[:-1]), shown[-1]) if part)
+def lack(path: Path, captions: dict[Path, tuple[str, ...]]) -> str:
+    """What is said of a picture that has no caption of its own."""
+    return "its caption file is empty" if path in captions else f"no caption; {printable(path.stem)}.txt would hold it"
 
 
-def _missing(path: Path, captions: dict[Path, str]) -> str:
-    if path in captions:
-        return f"{printable(path.name)}: its caption file is empty"
-    return f"{printable(path.name)}: no caption; {printable(path.stem + CAPTION)} would hold it"
+def unknown_skip(name: str, known: Sequence[str] | set[str]) -> Problem:
+    near = get_close_matches(name, known, n=1)
+    hint = f"; nearest: {printable(near[0])}" if near else ""
+    return Problem("skip", f"--skip {printable(name)}: no such file there{hint}", (name,))
 
 
-def _raise_all(
-    folder: Path, unreadable: Sequence[BadPicture], faults: Sequence[str], missing: Sequence[str], strict: bool
-) -> None:
-    """One Fault for all that was found, each file with its reason, each kind with its remedy."""
-    remedies = []
-    if unreadable:
-        names = " ".join(shlex.quote(printable(bad.path.name)) for bad in unreadable)
-        remedies.append(f"Repair or replace the pictures, or leave them out by name: --skip {names}")
-    if missing:
-        remedies.append(
-            "--strict takes pictures with a caption of their own only: write the captions, or go without --strict."
-            if strict
-            else 'Give a caption for all that have none, e.g. --prompt "a photo of sks dog", or write the files.'
-        )
-    details = [f"{printable(bad.path.name)}: {bad.reason}" for bad in unreadable] + [*faults, *missing]
-    if details:
-        count = f"{len(details)} problem{'s' if len(details) > 1 else ''}"
-        raise Fault(" ".join([f"{printable(folder)}: {count}; nothing there was changed.", *remedies]), details)
-
-
-def _none_found(listing: Listing) -> str:
+def none_found(listing: Listing) -> str:
     """What was looked for, what is there instead, and what may be meant."""
     seen = Counter(path.suffix.lower() or "no ending" for path in (*listing.captions, *listing.others))
     parts = [f"{count} {printable(suffix)}" for suffix, count in seen.most_common()]
@@ -243,17 +195,8 @@ def _count(folder: Path) -> int:
         return 0
 
 
-def _unknown_skip(name: str, listing: Listing) -> str:
-    near = get_close_matches(name, listing.names, n=1)
-    return f"--skip {printable(name)}: no such file there" + (f"; nearest: {printable(near[0])}" if near else "")
-
-
 def _siblings(folder: Path) -> list[str]:
     try:
         return [entry.name for entry in folder.absolute().parent.iterdir() if entry.is_dir()]
     except OSError:
         return []
-
-
-def _mirrored(one: Example) -> Example:
-    return Example(one.path, one.caption, one.weight, True, one.own_caption, one.facts)
