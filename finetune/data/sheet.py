@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from finetune.data import frames, geometry, masks, pictures
+from finetune.data.frames import Framed
 from finetune.data.geometry import Geometry
 from finetune.data.pictures import BadPicture
-from finetune.data.frames import Framed
 from finetune.errors import Fault
 from finetune.pictures import Font, plain, wrap
 
@@ -43,22 +43,27 @@ def write(
     """Write the pages as PNG: `output`, then with -2, -3, ... before its suffix. Their files, in order.
 
     Pictures that cannot be trained come first. Nothing but pixels gets into the files. Raises Fault, before anything
-    is written, when a page is there already and not to be overwritten, or the folder is not.
+    is written, when a page is there already and is not to be overwritten, or the folder is not.
     """
+    count = -(-len(framed) // (COLUMNS * ROWS))
+    found = files(output, min(count, most_pages or count), overwrite)
+    for file, page in zip(found, pages(framed, title, background, most_pages, track), strict=True):
+        beside = file.with_name(f".{file.name}.{os.getpid()}.writing")
+        page.save(beside, format="PNG")
+        os.replace(beside, file)
+    return found
+
+
+def files(output: Path, count: int, overwrite: bool) -> list[Path]:
+    """Where so many pages go. Raises Fault when they cannot."""
     if output.suffix.lower() != ".png":
         raise Fault(f"--output {output}: the sheet is written as PNG; give a name that ends in .png.")
     if not output.parent.is_dir():
         raise Fault(f"--output {output}: there is no folder {output.parent}; nothing was created.")
-    count = -(-len(framed) // (COLUMNS * ROWS))
-    count = min(count, most_pages or count)
-    files = [output if n == 1 else output.with_stem(f"{output.stem}-{n}") for n in range(1, count + 1)]
-    if (there := [file.name for file in files if file.exists()]) and not overwrite:
+    found = [output if n == 1 else output.with_stem(f"{output.stem}-{n}") for n in range(1, count + 1)]
+    if (there := [file.name for file in found if file.exists()]) and not overwrite:
         raise Fault(f"--output {output}: {', '.join(there)} there already. Give another name, or --overwrite.")
-    for file, page in zip(files, pages(framed, title, background, count, track), strict=True):
-        beside = file.with_name(f".{file.name}.{os.getpid()}.writing")
-        page.save(beside, format="PNG")
-        os.replace(beside, file)
-    return files
+    return found
 
 
 def pages(
