@@ -59,6 +59,16 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _header(path)[1]
 
 
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Type, shape and place of each tensor by name; the metadata; the byte where the tensors begin.
+
+    The file is checked: raises Fault when it is no whole safetensors file.
+    """
+    entries, metadata = _header(path)
+    size = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries.values())
+    return entries, metadata, path.stat().st_size - size
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, on the CPU. The file is checked first; NaN and infinite values are refused."""
     import safetensors.torch
