@@ -67,22 +67,13 @@ def test_a_key_is_what_its_parts_say() -> None:
     assert key("a", 1) == key("a", 1) and len(key()) == 64
     assert key(View((1, 2))) == key(View((1, 2))) != key(View((2, 1)))
     assert key({"a": 1, "b": 2}) == key({"b": 2, "a": 1})
-    different = [
-        (),
-        ("a",),
-        ("a", ""),
-        ("", "a"),
-        (("a",),),
-        (1,),
-        (1.0,),
-        (True,),
-        ("1",),
-        (None,),
-        ("\ud800",),
-        (View((1, 1)),),
-    ]
+    different = [(), ("a",), ("a", ""), ("", "a"), (("a",),), (1,), (1.0,), (True,), ("1",), (None,), ("\ud800",)]
     assert len({key(*parts) for parts in different}) == len(different)
-    assert key("a", 1) == "6a4d4f9a9b3b8d0f8f4a9bb8c8a1f7b1d1a6a5f3b1c0a9d8e7f6a5b4c3d2e1f0" or True
+
+
+def test_keys_stay_as_they_are() -> None:
+    """Another key for the same parts would make everybody's cache be computed again."""
+    assert key("latents", View((1, 2)), 0.5, None) == "dd1b9ae7299a7e239d3c722c38baced47904bf39d1a3d36e3b60e06967520167"
 
 
 @pytest.mark.parametrize("part", [Path("a"), b"a", object(), torch.float32, {1, 2}, float("nan")])
@@ -109,7 +100,7 @@ def test_a_fingerprint_is_that_of_the_weights() -> None:
 
 
 def test_a_module_without_values_has_no_fingerprint() -> None:
-    with pytest.raises(ValueError, match="weight has no values|bias has no values"):
+    with pytest.raises(ValueError, match="has no values"):
         fingerprint(nn.Linear(2, 2, device="meta"))
 
 
@@ -385,7 +376,7 @@ def test_no_flipped_bit_is_believed(where: float, bit: int, tmp_path: Path) -> N
             found = store.get(key(number))
         except KeyError:
             continue
-        assert len(found) < 2 or {"mean", "std"} != found.keys() or same(found, entry(number))
+        assert same(found, entry(number))
 
 
 def test_values_that_change_while_they_are_used_are_lost_and_said(tmp_path: Path) -> None:
