@@ -10,15 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from finetune import settings
-from finetune.data import folder, lenient, looks, plan, sources, symptoms
+from finetune.data import folder, frames, lenient, metadata, sources, symptoms
 from finetune.data.examples import Example
 from finetune.data.findings import Finding, finding, of_fault, ordered
+from finetune.data.frames import Framed
 from finetune.data.looks import Look
-from finetune.data.plan import Framed
 from finetune.errors import Fault
 from finetune.glance import EMBEDDED, Glance, glance
 from finetune.settings import Data, Framing, Model
@@ -119,7 +118,7 @@ def examine(
         captions=sum(one.own_caption for one in examples),
         concepts={symptoms.title(data, number): count for number, count in symptoms.epoch(examples).items()},
         resolutions=tuple(resolutions),
-        buckets=symptoms.buckets(framed),
+        buckets=frames.table(framed),
         recommendation=recommend(examples, data, model.model, batch) if examples else None,
     )
 
@@ -166,7 +165,7 @@ def _framed(
     examples: Sequence[Example], framing: Framing, resolutions: Sequence[int], multiple: int, seed: int
 ) -> tuple[list[Framed], list[Finding]]:
     try:
-        return list(plan.frame(examples, framing, resolutions, multiple, seed)), []
+        return list(frames.frame(examples, framing, resolutions, multiple, seed)), []
     except Fault as fault:
         lines = fault.details or [fault.message]
         return [], [finding("error", "setting", line) for line in lines]
@@ -200,7 +199,7 @@ def _unused(data: Data) -> list[Finding]:
             continue
         used = set(folder.caption_files(listing.pictures, listing.captions).values())
         others = [file.name for file in (*listing.others, *listing.captions) if file not in used]
-        others = [name for name in others if name not in symptoms.TABLES]
+        others = [name for name in others if name not in metadata.TABLES]
         skipped = [file.name for file in listing.pictures if file.name in data.skip]
         inside = [file.name for file in listing.folders]
         for what, files in (

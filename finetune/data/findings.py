@@ -96,10 +96,14 @@ def of_fault(fault: Fault, names: Sequence[str] = ()) -> list[Finding]:
 
 def of_line(line: str, names: Sequence[str] = ()) -> Finding:
     """A finding of a line "a.jpg: what is wrong with it"."""
-    code = next((code for code, pattern in ERRORS if re.search(pattern, line)), "unreadable")
     known = {printable(name): name for name in names}
     owner = next((known[line[:end]] for end in _colons(line) if line[:end] in known), None)
-    return finding("error", code, line, [owner] if owner else [])
+    return finding("error", kind(line), line, [owner] if owner else [])
+
+
+def kind(line: str) -> str:
+    """The code of what a fault says, by its words."""
+    return next((code for code, pattern in ERRORS if re.search(pattern, line)), "unreadable")
 
 
 def ordered(found: Iterable[Finding]) -> list[Finding]:

@@ -88,9 +88,7 @@ def near(looks: Sequence[Look], block: int = 256) -> list[list[int]]:
     return groups.found()
 
 
-def _pairs(
-    hashes: NDArray[np.uint64], thumbs: NDArray[np.uint8], start: int, block: int
-) -> Iterable[tuple[int, int]]:
+def _pairs(hashes: NDArray[np.uint64], thumbs: NDArray[np.uint8], start: int, block: int) -> Iterable[tuple[int, int]]:
     """Near pairs (i, j), i < j, with i among `block` pictures from `start` on."""
     distance = np.bitwise_count(hashes[start : start + block, None] ^ hashes[None, start:])
     for row, column in np.argwhere(distance <= NEAR_BITS):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,12 +9,13 @@ from typing import Any
 
 from PIL import Image
 
-from finetune.data import looks, plan
+from finetune.data import captions as texts
+from finetune.data import looks
 from finetune.data.examples import Example
-from finetune.data.findings import Finding, finding, named, of_line
+from finetune.data.findings import ADVICE, Finding, finding, kind, named
+from finetune.data.frames import Framed
 from finetune.data.looks import BLURRED, Look
 from finetune.data.pictures import printable
-from finetune.data.plan import Framed
 from finetune.settings import Data
 
 GPS = 0x8825
@@ -70,9 +70,9 @@ def sizes(framed: Sequence[Framed], batch: int) -> Iterator[Finding]:
     for one in framed:
         (name,) = names([one.example])
         for fault in one.faults:
-            code = of_line(fault).code
-            code = code if code in ("mask", "setting", "size") else "size"
-            yield finding("error", code, f"{printable(name)}: {fault}", [name])
+            code = "mask" if kind(fault) == "mask" else "size"
+            advice = " ".join(one.advice) or ADVICE[code]
+            yield Finding("error", code, f"{printable(name)}: {fault}", (name,), advice)
         for resolution, reason in {} if one.faults else one.reasons.items():
             yield finding("note", "resolution", f"{printable(name)}: not trained at {resolution}: {reason}", [name])
         largest = max((view.scale for views in one.views.values() for view in views), default=1.0)
@@ -126,7 +126,9 @@ def captions(examples: Sequence[Example], settings: Data, tokenizers: Sequence[A
                 text = f'{printable(name)}: the caption is longer than the text encoder reads; cut off: "{cut}"'
                 yield finding("warning", "caption-long", text, [name])
     for number, trigger in triggers(settings).items():
-        lack = [one for one in examples if one.concept == number and not all(has(trigger, c) for c in one.captions)]
+        lack = [
+            one for one in examples if one.concept == number and not all(texts.holds(c, trigger) for c in one.captions)
+        ]
         if lack:
             text = f'without the trigger "{trigger}": {named(names(lack))}'
             yield finding("warning", "trigger", text, names(lack))
@@ -138,8 +140,6 @@ def captions(examples: Sequence[Example], settings: Data, tokenizers: Sequence[A
 def cut_off(tokenizers: Sequence[Any], caption: str) -> str | None:
     """What the text encoders do not see of a caption. Without tokenizers, what they cannot see: a word is a token."""
     if tokenizers:
-        from finetune.data import captions as texts
-
         return texts.cut_off(tokenizers, caption)
     return " ".join(caption.split()[WINDOW:]) or None
 
@@ -150,21 +150,15 @@ def triggers(settings: Data) -> dict[int, str]:
     return {number: trigger for number, trigger in enumerate(given) if trigger}
 
 
-def has(trigger: str, caption: str) -> bool:
-    """Whether a caption holds the trigger as a word of its own."""
-    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE) is not None
-
-
 def tags(examples: Sequence[Example], trigger: str | None) -> Iterator[Finding]:
     """Tags (parts between commas) that nearly all captions have, other than the trigger."""
     counts: Counter[str] = Counter()
     for example in examples:
-        parts = (" ".join(part.split()).lower() for caption in example.captions for part in caption.split(","))
-        counts.update({part for part in parts if part})
+        counts.update({tag.casefold() for caption in example.captions for tag in texts.tags(caption)})
     if len(examples) < CAPTIONS or not any("," in caption for one in examples for caption in one.captions):
         return
     for tag, count in counts.most_common():
-        if count >= FREQUENT * len(examples) and not (trigger and has(trigger, tag)):
+        if count >= FREQUENT * len(examples) and not (trigger and texts.holds(tag, trigger)):
             yield finding("warning", "tag", f'"{tag}" is in {count} of {len(examples)} captions')
 
 
@@ -199,8 +193,3 @@ def batches(framed: Sequence[Framed], batch: int) -> Iterator[Finding]:
     if 0 < count < batch:
         text = f"a step takes {batch} pictures, and there are {count}: some would be seen twice in one step"
         yield finding("warning", "batch", text)
-
-
-def buckets(framed: Sequence[Framed]) -> dict[tuple[int, int], int]:
-    """Sizes (height, width) with their numbers of pictures."""
-    return plan.table(framed)
