@@ -121,7 +121,7 @@ def own_captions(
             try:
                 captions[chosen[0]] = read_captions(file, several)
             except Fault as error:
-                problems.append(Problem("caption file", error.message, (file.name,)))
+                problems.append(Problem("caption file", error.message, (file.name, chosen[0].name)))
         else:
             problems += _unclear(file, chosen if owned else _meant(file, listing.pictures))
     return captions, problems

@@ -200,7 +200,7 @@ def _pictures(
         if row.line not in named:
             continue
         path, values, cells = named[row.line], row.values, Cells(row.values)
-        lack = f"{printable(table.file.name)}, line {row.line}, has no caption" + ("" if caption else _columns(table))
+        lack = f"no caption in line {row.line} of {printable(table.file.name)}" + ("" if caption else _columns(table))
         made[path] = Picture(
             path, here(path), cells.captions(caption), lack,
             cells.number("weight", 1.0, "a number, 0 or more", lambda value: value >= 0),
@@ -233,7 +233,9 @@ def _joined(
     """A picture with its row and its caption file, of which one may say something."""
     beside = own.get(path, ())
     if picture is None:
-        lack = f"no row of {file.name} names it" + (", and its caption file is empty" if path in own else "")
+        lack = f"no caption; no row of {file.name} names it" + (
+            ", and its caption file is empty" if path in own else ""
+        )
         return Picture(path, name, beside, lack)
     if picture.captions and beside and picture.captions != beside:
         text = f"{printable(name)}: one caption in {file.name}, another in its caption file. Take one away"

@@ -2,78 +2,149 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from finetune.data import geometry, pictures
-from finetune.data.examples import Example
-from finetune.data.folder import caption_files, look
-from finetune.data.geometry import Geometry
+from finetune.data import captions, frames, library, metadata, pictures
+from finetune.data.examples import Example, Item
+from finetune.data.folder import Listing, caption_files, look
+from finetune.data.frames import Framed
 from finetune.data.pictures import Facts, printable
+from finetune.errors import Fault
 
 
-def describe(examples: Sequence[Example], resolution: int | None = None) -> list[str]:
+def describe(given: Sequence[Example] | Sequence[Item], tokenizers: Iterable[Any] = ()) -> list[str]:
     """Lines for the run's summary. What was done to the pictures is counted, and the files concerned are named.
 
-    With the resolution, also how far pictures are enlarged and cropped.
+    Of items, also how they are scaled and cropped; with the model's tokenizers, also what of their captions is cut off.
     """
-    found = {one.path: one.facts or pictures.decode(one.path)[1] for one in examples}
-    lines = [_sizes(found) + (f", and {len(flips)} mirrored" if (flips := [e for e in examples if e.flip]) else "")]
-    if resolution is not None:
-        lines += _placement({p: geometry.centre((f.height, f.width), (resolution,) * 2) for p, f in found.items()})
-    lines += _named("turned upright by their EXIF data", [path for path, facts in found.items() if facts.turned])
-    lines += _named("transparent, put on the background", [path for path, facts in found.items() if facts.transparent])
-    lines += _captions(examples)
-    lines += _left_alone(found)
-    lines += [f"{printable(path.name)}: {note}" for path, facts in found.items() for note in facts.notes]
+    examples = list(
+        {_key(one): one for one in (one.example if isinstance(one, Item) else one for one in given)}.values()
+    )
+    items = [one for one in given if isinstance(one, Item)]
+    found = {one: one.facts or pictures.decode(one.path)[1] for one in examples}
+    lines = [_sizes(list(found.values())) + _views(items), *_concepts(examples)]
+    lines += frames.describe([Framed(one.example, {number: one.views}) for number, one in enumerate(items)])
+    lines += _named("turned upright by their EXIF data", [one for one, facts in found.items() if facts.turned])
+    see_through = [one for one, facts in found.items() if facts.transparent and one.mask != one.path]
+    lines += _named("transparent, put on the background", see_through)
+    lines += _captions(examples, items)
+    lines += cut_off(examples, tokenizers)
+    lines += _left_alone(examples)
+    lines += [f"{_name(one)}: {note}" for one, facts in found.items() for note in facts.notes]
     return lines
 
 
-def _sizes(found: dict[Path, Facts]) -> str:
-    sizes = sorted({(facts.width * facts.height, facts.width, facts.height) for facts in found.values()})
+def cut_off(examples: Sequence[Example], tokenizers: Iterable[Any]) -> list[str]:
+    """Lines that show which captions are longer than a text encoder's window, and what of each is never seen."""
+    known = list(tokenizers)
+    lost = {
+        text: cut
+        for text in dict.fromkeys(text for one in examples for text in one.captions)
+        if known and (cut := captions.cut_off(known, text))
+    }
+    lines = []
+    for text, cut in lost.items():
+        names = [_name(one) for one in examples if text in one.captions]
+        lines.append(f'caption too long, the text encoder does not see its end "{cut}": {_shortened(names)}')
+    return lines
+
+
+def _key(one: Example) -> tuple[Any, ...]:
+    return one.concept, one.path, one.name
+
+
+def _name(one: Example) -> str:
+    return printable(one.name or one.path.name)
+
+
+def _sizes(found: Sequence[Facts]) -> str:
+    sizes = sorted({(facts.width * facts.height, facts.width, facts.height) for facts in found})
     ends = [f"{width} x {height}" for _, width, height in (sizes[0], sizes[-1])] if sizes else []
     return _count(len(found), "picture") + (f" of {' to '.join(dict.fromkeys(ends))} pixels" if ends else "")
 
 
-def _placement(placed: dict[Path, Geometry]) -> list[str]:
-    """How far the pictures are enlarged, and how much of them the crop keeps."""
-    small = [path for path, one in placed.items() if one.scale > 1]
-    most = max((one.scale for one in placed.values()), default=1.0)
-    lines = _named(f"smaller than the training size, enlarged up to x{most:.2f}", small)
-    kept = [f"{share:.0%}" for one in (min, max) for share in [one((p.kept for p in placed.values()), default=1.0)]]
-    return [*lines, f"the centre crop keeps {' to '.join(dict.fromkeys(kept))} of each picture"]
+def _views(items: Sequence[Item]) -> str:
+    """What an epoch sees of a picture besides one crop of it."""
+    places = max((len({view.crop for view in one.views if not view.mirrored}) for one in items), default=1)
+    parts = [f"up to {places} crops of each"] if places > 1 else []
+    parts += ["mirrored too"] if any(view.mirrored for one in items for view in one.views) else []
+    return "".join(f", {part}" for part in parts)
 
 
-def _captions(examples: Sequence[Example]) -> list[str]:
-    """How many captions come from files; which pictures take the prompt where others do not."""
-    own = [one for one in examples if one.own_caption and not one.flip]
-    rest = [one for one in examples if not one.own_caption and not one.flip]
-    lines = [_count(len(own), "caption") + (" from a file" if len(own) == 1 else " from files")] if own else []
-    for prompt in dict.fromkeys(one.caption for one in rest):
-        what = [one.path for one in rest if one.caption == prompt]
+def _concepts(examples: Sequence[Example]) -> list[str]:
+    """The concepts' pictures, where there are several; pictures that an epoch sees more than once."""
+    numbers = sorted({one.concept for one in examples})
+    parts = []
+    for number in numbers:
+        own = [one for one in examples if one.concept == number]
+        seen = sum(one.repeats for one in own)
+        parts.append(f"{number + 1}: {len(own)}" + (f", {seen} an epoch" if seen != len(own) else ""))
+    if len(numbers) > 1:
+        return [f"{len(numbers)} concepts, {'; '.join(parts)}"]
+    return [f"repeated: {seen} an epoch"] if (seen := sum(one.repeats for one in examples)) != len(examples) else []
+
+
+def _captions(examples: Sequence[Example], items: Sequence[Item]) -> list[str]:
+    """How many pictures have captions of their own; which take the prompt where others do not; variants."""
+    own = [one for one in examples if one.own_caption]
+    rest = [one for one in examples if not one.own_caption]
+    count = sum(len(one.captions) for one in own)
+    several = f" for {_count(len(own), 'picture')}" if count > len(own) else ""
+    lines = (
+        [f"{_count(count, 'caption')} of their own{several}" if count > 1 else "1 caption of its own"] if own else []
+    )
+    for prompt in dict.fromkeys(one.captions[0] for one in rest):
+        what = [one for one in rest if one.captions[0] == prompt]
         lines += _named(f'"{prompt}" for those without', what) if own else [f'"{prompt}" for {len(what)}']
-    return lines
+    varied = {text for one in items for text in one.captions} - {text for one in examples for text in one.captions}
+    return lines + ([f"{_count(len(varied), 'further caption')} by shuffled or dropped tags"] if varied else [])
 
 
-def _left_alone(found: Collection[Path]) -> list[str]:
+def _left_alone(examples: Sequence[Example]) -> list[str]:
     """What else lies in the pictures' folders. A caption file that belongs to no picture is named too."""
     lines = []
-    for listing in map(look, dict.fromkeys(path.parent for path in found)):
-        lines += _named("left out by --skip", [path for path in listing.pictures if path not in found])
+    found = {one.path for one in examples} | {one.mask for one in examples if one.mask}
+    for folder in dict.fromkeys(one.path.parent for one in examples):
+        if folder == library.kept():
+            continue
+        listing = look(folder)
+        lines += _files("left out by --skip", [path for path in listing.pictures if path not in found])
         used = set(caption_files(listing.pictures, listing.captions).values())
-        unused = [path for path in listing.captions if path not in used]
-        lines += _named("other files, left alone", [*listing.others, *unused])
-        lines += _named("sub-folders, not entered", listing.folders)
+        table, columns = _table(listing)
+        others = [path for path in listing.others if path != table]
+        lines += _files("other files, left alone", [*others, *(path for path in listing.captions if path not in used)])
+        lines += _files("sub-folders, not entered", [one for one in listing.folders if not _inside(one, found)])
+        if table and columns:
+            lines.append(f"{table.name}: columns that are not used: {', '.join(map(printable, columns))}")
     return lines
+
+
+def _table(listing: Listing) -> tuple[Path | None, list[str]]:
+    try:
+        table = metadata.table_of(listing)
+        return table, metadata.unused(table) if table else []
+    except Fault:  # of a folder that was not read as a table
+        return None, []
+
+
+def _inside(folder: Path, found: Collection[Path]) -> bool:
+    return any(folder in path.parents for path in found)
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("s" if number != 1 else "")
 
 
-def _named(what: str, paths: Sequence[Path], most: int = 6) -> list[str]:
+def _named(what: str, examples: Sequence[Example]) -> list[str]:
     """ "what: 2 (a.jpg, b.jpg)", nothing for none."""
-    if not paths:
-        return []
-    names = [printable(path.name) for path in paths[:most]] + (["..."] if len(paths) > most else [])
-    return [f"{what}: {len(paths)} ({', '.join(names)})"]
+    return [f"{what}: {len(examples)} ({_shortened([_name(one) for one in examples])})"] if examples else []
+
+
+def _files(what: str, paths: Sequence[Path]) -> list[str]:
+    return [f"{what}: {len(paths)} ({_shortened([printable(path.name) for path in paths])})"] if paths else []
+
+
+def _shortened(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
