@@ -71,7 +71,7 @@ def require_multiple(resolution: int, multiple: int) -> None:
     """Raise Fault when the model cannot be trained at this resolution."""
     if resolution < multiple or resolution % multiple:
         lower = resolution // multiple * multiple
-        near = " or ".join(str(side) for side in (lower, lower + multiple) if side > 0)
+        near = " or ".join(str(side) for side in (lower, lower + multiple) if side > 0) or str(multiple)
         raise Fault(f"--resolution {resolution}: this model's sides are multiples of {multiple}. Nearest: {near}.")
 
 

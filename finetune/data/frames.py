@@ -39,8 +39,8 @@ def frame(
 ) -> Iterator[Framed]:
     """How each picture is trained, one after the other. `multiple`: of the model's sides, in pixels.
 
-    Random crops that show nothing of a picture's mask are not taken. Raises Fault at once for settings that make no
-    sense, whatever the pictures.
+    Random crops that show nothing of a picture's mask are not taken; if all are so, the one around its middle is.
+    Raises Fault at once for settings that make no sense, whatever the pictures.
     """
     check(framing)
     if len(set(resolutions)) < len(resolutions) or not resolutions:
@@ -141,11 +141,15 @@ def _frame(example: Example, framing: Framing, resolutions: Sequence[int], multi
             reasons[resolution] = error
             continue
         found = geometry.views(facts, target, framing, focus, seed)
-        seen = tuple(view for view in found if mask is None or masks.shown(mask, view) > 0)
-        if seen:
-            views[resolution] = seen
+        if mask is not None:
+            found = tuple(view for view in found if masks.shown(mask, view) > 0)
+        if mask is not None and framing.crop == "random" and not found:
+            found = geometry.views(facts, target, replace(framing, crop="focus"), masks.middle(mask))
+        if found:
+            views[resolution] = found
         else:
-            reasons[resolution] = Unfit("the crop shows nothing that its mask lets through", "Give --crop focus.")
+            why = "the crop shows nothing that its mask lets through"
+            reasons[resolution] = Unfit(why, "To crop around the masks: --crop focus.")
     told = {resolution: error.message for resolution, error in reasons.items()}
     if views:
         return Framed(example, views, told, focus=focus)
