@@ -1,4 +1,4 @@
-"""What can be told of a base model at once, from its configuration on this machine: no weights, no network, no torch."""
+"""What can be told of a base model at once, from its configuration on this machine: no weights, no network."""
 
 from __future__ import annotations
 

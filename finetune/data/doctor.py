@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune import settings
-from finetune.data import folder, frames, lenient, metadata, sources, symptoms
+from finetune.data import concepts, folder, frames, lenient, looks, metadata, pictures, sources, symptoms
 from finetune.data.examples import Example
-from finetune.data.findings import Finding, finding, of_fault, ordered
+from finetune.data.findings import Finding, finding, of_problem, ordered
 from finetune.data.frames import Framed
 from finetune.data.looks import Look
+from finetune.data.pictures import BadPicture
 from finetune.errors import Fault
 from finetune.glance import EMBEDDED, Glance, glance
 from finetune.settings import Data, Framing, Model
@@ -99,22 +100,22 @@ def examine(
 ) -> Report:
     """Look at everything. `batch`: pictures a step, over all passes and processes. Raises no Fault."""
     captions, framing, model = captions or settings.Captions(), framing or Framing(), model or Model()
-    examples, found = _read(data, captions, seed)
+    examples, everyone, found = _read(data, captions, seed)
     base = glance(model)
     if base is None:
         found.append(_unknown(model, framing))
     known = base or UNKNOWN
     resolutions = framing.resolution or (known.resolution,)
-    framed, faults = _framed(examples, framing, resolutions, known.multiple, seed)
-    seen = _looks([one for one in examples if one.facts], max(resolutions), data.background, track)
+    framed, faults = _framed(everyone, framing, resolutions, known.multiple, seed)
+    seen = _looks(everyone, max(resolutions), data.background, track)
     found += faults
-    found += [*symptoms.copies(examples, seen), *symptoms.blurred(examples, seen), *symptoms.facts(examples)]
+    found += [*symptoms.copies(everyone, seen), *symptoms.blurred(everyone, seen), *symptoms.facts(everyone)]
     found += [*symptoms.sizes(framed, batch), *symptoms.batches(framed, batch)]
     found += [*symptoms.captions(examples, data, known.tokenizers), *symptoms.balance(examples, data)]
     found += _unused(data)
     return Report(
         ordered(found),
-        pictures=len(examples),
+        pictures=len(everyone),
         captions=sum(one.own_caption for one in examples),
         concepts={symptoms.title(data, number): count for number, count in symptoms.epoch(examples).items()},
         resolutions=tuple(resolutions),
@@ -151,14 +152,22 @@ def _passes(count: int) -> tuple[float, str]:
     return max(10.0, 5000 / count), "the more pictures, the less often each"
 
 
-def _read(data: Data, captions: settings.Captions, seed: int) -> tuple[list[Example], list[Finding]]:
-    """The examples that training would begin with; where it would not begin, those that can be read, and why not."""
+def _read(data: Data, captions: settings.Captions, seed: int) -> tuple[list[Example], list[Example], list[Finding]]:
+    """The examples that have captions, all pictures that can be read, and what training would refuse."""
     try:
-        examples, held_out = sources.read(data, captions, seed)
+        examples, problems = sources.survey(data, captions)
+        parts = concepts.parts(data)
     except Fault as fault:
-        examples = lenient.read(data)
-        return examples, of_fault(fault, lenient.names(data))
-    return [*examples, *held_out], []
+        return [], [], [finding("error", "setting", line) for line in (fault.message, *fault.details)]
+    found = [of_problem(one, parts[one.concept].title) for one in problems]
+    everyone = examples
+    if any(one.code == "no caption" for one in problems):
+        everyone = lenient.read(data, captions)
+    try:
+        sources.held_out(examples, data, seed)
+    except Fault as fault:
+        found += [finding("error", "setting", fault.message)] if examples else []
+    return examples, everyone, found
 
 
 def _framed(
@@ -176,7 +185,10 @@ def _looks(examples: Sequence[Example], side: int, background: str, track: Track
     paths = {one.facts.digest: one.path for one in examples if one.facts}
 
     def measured(digest: str) -> tuple[str, Look | None]:
-        return digest, lenient.look(paths[digest], side, background)
+        try:
+            return digest, looks.look(pictures.decode(paths[digest], background)[0], side)
+        except BadPicture:  # changed since it was read
+            return digest, None
 
     with ThreadPoolExecutor(WORKERS) as pool:
         made = pool.map(measured, track(list(paths), "look at pictures"))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.data.found import Problem
 from finetune.data.pictures import printable
-from finetune.errors import Fault
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -26,7 +25,7 @@ ADVICE = {
     "mask": "Put the masks right that are named, or train without: leave out --masks and --alpha-masks.",
     "caption-file": "Save captions as UTF-8 text, one file for each picture: name.txt, or name.jpg.txt.",
     "caption-missing": 'Write the captions, or give one for all that have none: --prompt "a photo of sks dog".',
-    "size": "Give larger pictures, another --resolution, or the limit that is named; or leave them out: --skip NAME ...",
+    "size": "Give other pictures, another --resolution, or the limit that is named; or leave them out by name: --skip.",
     # What training would start with, to the result's disadvantage
     "duplicate": "Keep one of each group, or leave the others out: --skip NAME ...: they weigh as much as all others.",
     "near-duplicate": "Look at them: what is seen twice is learned twice as hard. Leave out by name: --skip NAME ...",
@@ -35,8 +34,8 @@ ADVICE = {
     "caption-long": "The text encoder never sees what is cut off: shorten, and say first what matters.",
     "trigger": "Only captions with the trigger teach it. Add it, or: --template '{trigger}, {caption}'.",
     "caption-prompt": "Write captions for these too, or for none.",
-    "tag": "What every caption says is learned together with the trigger. Leave it out where it is part of the subject; "
-    "where it is not, add pictures without it.",
+    "tag": "What every caption says is learned together with the trigger. Leave out what is part of the subject; add "
+    "pictures without it where it is not.",
     "balance": "Give the smaller concept more pictures, or the repeats that are recommended.",
     "batch": "Lower --batch-size or --accumulation, or add pictures.",
     "bucket": "It is trained in a batch of its own. Crop it to a size that others have, or leave it so.",
@@ -44,6 +43,7 @@ ADVICE = {
     # What was done, and what was not looked at
     "turned": "Nothing to do: they are trained as viewers show them.",
     "transparent": "Choose the colour behind them: --background COLOUR; or train their shape alone: --alpha-masks.",
+    "converted": "Nothing to do, unless the colours were meant to be others.",
     "private": "Nothing to do: no camera, place or name goes into anything that is written.",
     "resolution": "Pictures that are trained at other sizes need nothing.",
     "unused": "Nothing to do, unless one of them was meant to be trained on.",
@@ -51,20 +51,12 @@ ADVICE = {
 }
 """What to do about each kind of finding. Errors, warnings and notes are each told in this order."""
 
-ERRORS = (
-    ("animated", r"has \d+ (frames|pages)\b"),
-    ("huge", r"megapixels are read"),
-    ("decoder", r"needs a decoder"),
-    ("mode", r"32 bits a pixel"),
-    ("table", r"^\S*metadata\.(jsonl|csv)|\bline \d+\b|\brow \d+\b.*\b(row|names)\b"),
-    ("mask", r"\bmasks?\b"),
-    ("caption-missing", r"no caption|caption file is empty|without a caption"),
-    ("caption-file", r"whose caption|not UTF-8|zero byte|\.txt:"),
-    ("size", r"pixels are too few|--max-upscale|--min-kept|pixels, cut to"),
-    ("folder", r"no such folder|not a folder|cannot be listed|no pictures to train on"),
-    ("setting", r"^--|\bsetting|\[\["),
-)
-"""What a fault's text says of its kind, the first that fits; "unreadable" where none does."""
+CODES = {"place": "folder", "caption file": "caption-file", "no caption": "caption-missing", "table": "table",
+         "mask": "mask", "skip": "setting", "setting": "setting"}  # fmt: skip
+"""Our codes of the problems that reading finds (`found.Problem`), other than unreadable pictures"""
+PICTURES = (("animated", "save the one to learn"), ("huge", "megapixels are read"), ("decoder", "needs a decoder"),
+            ("mode", "32 bits a pixel"))  # fmt: skip
+"""Our codes of the reasons why a picture cannot be used, by words in them; "unreadable" where none fits"""
 
 
 @dataclass(frozen=True)
@@ -88,22 +80,11 @@ def finding(severity: Severity, code: str, text: str, files: Iterable[str] = ())
     return Finding(severity, code, text, tuple(files), ADVICE[code])
 
 
-def of_fault(fault: Fault, names: Sequence[str] = ()) -> list[Finding]:
-    """One finding for each line of a fault that says why training does not start; `names` are the files it may name."""
-    lines = fault.details or [fault.message]
-    return [of_line(line, names) for line in dict.fromkeys(lines)]
-
-
-def of_line(line: str, names: Sequence[str] = ()) -> Finding:
-    """A finding of a line "a.jpg: what is wrong with it"."""
-    known = {printable(name): name for name in names}
-    owner = next((known[line[:end]] for end in _colons(line) if line[:end] in known), None)
-    return finding("error", kind(line), line, [owner] if owner else [])
-
-
-def kind(line: str) -> str:
-    """The code of what a fault says, by its words."""
-    return next((code for code, pattern in ERRORS if re.search(pattern, line)), "unreadable")
+def of_problem(problem: Problem, title: str = "") -> Finding:
+    """The finding of what keeps training from starting; `title` is that of its concept, where there are several."""
+    text = f"{printable(title)}: {problem.text}" if title else problem.text
+    reasons = (code for code, words in PICTURES if words in problem.text)
+    return finding("error", CODES.get(problem.code) or next(reasons, "unreadable"), text, problem.files)
 
 
 def ordered(found: Iterable[Finding]) -> list[Finding]:
@@ -116,7 +97,3 @@ def named(files: Sequence[str], most: int = 6) -> str:
     """ "a.jpg, b.jpg and 4 more" """
     shown = ", ".join(printable(name) for name in files[:most])
     return shown + (f" and {len(files) - most} more" if len(files) > most else "")
-
-
-def _colons(line: str) -> list[int]:
-    return [at for at, letter in enumerate(line) if letter == ":"]

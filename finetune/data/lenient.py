@@ -1,74 +1,34 @@
-"""What can be read of a data set that training would refuse: the doctor goes on where `read` stops."""
+"""What can be read of a data set that training would refuse: the doctor and the preview go on where `read` stops."""
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from finetune.data import folder, looks, pictures
+from finetune import settings
+from finetune.data import concepts, sources
 from finetune.data.examples import Example
-from finetune.data.looks import Look
-from finetune.data.pictures import BadPicture
+from finetune.data.library import PREFIX
 from finetune.errors import Fault
 from finetune.settings import Data
 
-HUB = "hf:"
+NO_CAPTION = "(no caption)"
+"""Stands for the caption of a picture that has none."""
 
 
 def folders(data: Data) -> list[Path]:
     """The folders that pictures are read from."""
-    given = [one.data for one in data.concepts] or [data.data or ""]
-    return [Path(name) for name in given if name and not name.startswith(HUB)]
+    with suppress(Fault):
+        names = [part.data.data or "" for part in concepts.parts(data)]
+        return [Path(name) for name in dict.fromkeys(names) if name and not name.startswith(PREFIX)]
+    return []
 
 
-def names(data: Data) -> list[str]:
-    """The names of all files in them, for telling which one a fault's line is about."""
-    found = []
-    for path in folders(data):
-        try:
-            found += sorted(folder.look(path).names)
-        except Fault:
-            continue
-    return found
-
-
-def read(data: Data) -> list[Example]:
-    """The pictures that can be read, with those of their captions that can be."""
-    found = []
-    for number, path in enumerate(folders(data)):
-        concept = data.concepts[number] if data.concepts else data
-        try:
-            listing = folder.look(path)
-        except Fault:
-            continue
-        files = folder.caption_files(listing.pictures, listing.captions)
-        for picture in listing.pictures:
-            own = _caption(files.get(picture))
-            prompt = concept.prompt or data.prompt or ""
-            facts = None if picture.name in data.skip else _facts(picture, data.background)
-            if facts is not None:
-                found.append(
-                    Example(picture, (own or prompt,), picture.name, concept=number, own_caption=bool(own), facts=facts)
-                )
-    return found
-
-
-def look(path: Path, side: int, background: str) -> Look | None:
-    """The picture's look; None when it cannot be read."""
-    try:
-        return looks.look(pictures.decode(path, background)[0], side)
-    except BadPicture:
-        return None
-
-
-def _facts(path: Path, background: str) -> pictures.Facts | None:
-    try:
-        return pictures.decode(path, background)[1]
-    except Fault:
-        return None
-
-
-def _caption(file: Path | None) -> str | None:
-    try:
-        return folder.read_caption(file) if file else None
-    except Fault:
-        return None
+def read(data: Data, texts: settings.Captions | None = None) -> list[Example]:
+    """The pictures that can be decoded, those without a caption too. Raises no Fault."""
+    given = [replace(one, prompt=one.prompt or data.prompt or NO_CAPTION) for one in data.concepts]
+    told = replace(data, prompt=data.prompt or NO_CAPTION, concepts=tuple(given), strict=False)
+    with suppress(Fault):
+        return sources.survey(told, texts)[0]
+    return []

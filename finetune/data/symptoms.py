@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 
 from finetune.data import captions as texts
-from finetune.data import looks
+from finetune.data import concepts, looks
 from finetune.data.examples import Example
-from finetune.data.findings import ADVICE, Finding, finding, kind, named
+from finetune.data.findings import ADVICE, Finding, finding, named
 from finetune.data.frames import Framed
 from finetune.data.looks import BLURRED, Look
 from finetune.data.pictures import printable
@@ -27,6 +27,16 @@ CAPTIONS = 5
 """... where there are at least so many captions: among fewer, every tag is frequent."""
 UNBALANCED = 3.0
 """Concepts are said to be unbalanced when one is seen more than so many times as often as another."""
+
+PLAIN = ("RGB", "RGBA", "P")
+"""Modes that nothing is said about"""
+READING = {
+    "turned": "turned upright by their EXIF data",
+    "transparent": "transparent, put on the background",
+    "converted": "converted to RGB with 8 bits ({modes})",
+    "private": "hold the place where they were taken, which is not passed on",
+}
+"""What was done to pictures while reading them, by code"""
 
 Near = Mapping[str, Look]
 """Looks by the digest of the picture"""
@@ -70,7 +80,7 @@ def sizes(framed: Sequence[Framed], batch: int) -> Iterator[Finding]:
     for one in framed:
         (name,) = names([one.example])
         for fault in one.faults:
-            code = "mask" if kind(fault) == "mask" else "size"
+            code = "mask" if one.example.mask is not None and not one.reasons else "size"
             advice = " ".join(one.advice) or ADVICE[code]
             yield Finding("error", code, f"{printable(name)}: {fault}", (name,), advice)
         for resolution, reason in {} if one.faults else one.reasons.items():
@@ -89,31 +99,36 @@ def sizes(framed: Sequence[Framed], batch: int) -> Iterator[Finding]:
 
 def facts(examples: Sequence[Example]) -> Iterator[Finding]:
     """What was done to pictures while reading them, and what their files hold that is not passed on."""
-    kinds = {
-        "turned": ("turned upright by their EXIF data", lambda one: one.facts.turned),
-        "transparent": ("transparent, put on the background", lambda one: one.facts.transparent and not one.mask),
-        "private": ("hold the place where they were taken, which is not passed on", lambda one: located(one)),
-    }
+    lists: dict[str, list[str]] = {code: [] for code in READING}
+    modes: Counter[str] = Counter()
     for example in examples:
         (name,) = names([example])
-        for note in example.facts.notes if example.facts else ():
+        assert example.facts is not None
+        mode, place = header(example)
+        modes.update([mode] if mode not in PLAIN else [])
+        done = {"turned": example.facts.turned, "transparent": example.facts.transparent and not example.mask,
+                "converted": mode not in PLAIN, "private": place}  # fmt: skip
+        for code, concerned in lists.items():
+            concerned += [name] if done[code] else []
+        for note in example.facts.notes:
             yield finding("warning", "picture", f"{printable(name)}: {note}", [name])
-    for code, (what, holds) in kinds.items():
-        if concerned := names(one for one in examples if holds(one)):
+    for code, concerned in lists.items():
+        if concerned:
+            what = READING[code].format(modes=", ".join(modes))
             yield finding("note", code, f"{len(concerned)} {what}: {named(concerned)}", concerned)
 
 
-def located(example: Example) -> bool:
-    """Whether the file's EXIF data hold a place (GPS). Reads the header only."""
+def header(example: Example) -> tuple[str, bool]:
+    """The file's own mode, and whether its EXIF data hold a place (GPS). Reads the header only."""
     try:
         with warnings.catch_warnings(), Image.open(example.path) as opened:
             warnings.simplefilter("ignore")
-            return bool(opened.getexif().get_ifd(GPS))
+            return opened.mode, bool(opened.getexif().get_ifd(GPS))
     except Exception:  # a broken EXIF block is said elsewhere
-        return False
+        return "RGB", False
 
 
-def captions(examples: Sequence[Example], settings: Data, tokenizers: Sequence[Any]) -> Iterator[Finding]:
+def captions(examples: Sequence[Example], data: Data, tokenizers: Sequence[Any]) -> Iterator[Finding]:
     """Captions that are too long, lack the trigger, or are the prompt where others have their own."""
     own = [one for one in examples if one.own_caption]
     rest = names(one for one in examples if not one.own_caption)
@@ -125,7 +140,7 @@ def captions(examples: Sequence[Example], settings: Data, tokenizers: Sequence[A
             if cut := cut_off(tokenizers, caption):
                 text = f'{printable(name)}: the caption is longer than the text encoder reads; cut off: "{cut}"'
                 yield finding("warning", "caption-long", text, [name])
-    for number, trigger in triggers(settings).items():
+    for number, trigger in triggers(data).items():
         lack = [
             one for one in examples if one.concept == number and not all(texts.holds(c, trigger) for c in one.captions)
         ]
@@ -134,7 +149,7 @@ def captions(examples: Sequence[Example], settings: Data, tokenizers: Sequence[A
             yield finding("warning", "trigger", text, names(lack))
     for number in dict.fromkeys(one.concept for one in own):
         inside = [one for one in own if one.concept == number]
-        yield from tags(inside, triggers(settings).get(number))
+        yield from tags(inside, triggers(data).get(number))
 
 
 def cut_off(tokenizers: Sequence[Any], caption: str) -> str | None:
@@ -144,10 +159,9 @@ def cut_off(tokenizers: Sequence[Any], caption: str) -> str | None:
     return " ".join(caption.split()[WINDOW:]) or None
 
 
-def triggers(settings: Data) -> dict[int, str]:
+def triggers(data: Data) -> dict[int, str]:
     """Each concept's trigger, by number."""
-    given = [one.trigger or settings.trigger for one in settings.concepts] or [settings.trigger]
-    return {number: trigger for number, trigger in enumerate(given) if trigger}
+    return {part.number: part.data.trigger for part in concepts.parts(data) if part.data.trigger}
 
 
 def tags(examples: Sequence[Example], trigger: str | None) -> Iterator[Finding]:
@@ -162,12 +176,12 @@ def tags(examples: Sequence[Example], trigger: str | None) -> Iterator[Finding]:
             yield finding("warning", "tag", f'"{tag}" is in {count} of {len(examples)} captions')
 
 
-def balance(examples: Sequence[Example], settings: Data) -> Iterator[Finding]:
+def balance(examples: Sequence[Example], data: Data) -> Iterator[Finding]:
     """Concepts of which one is seen far more often than another."""
     seen = epoch(examples)
     if len(seen) < 2 or max(seen.values()) <= UNBALANCED * min(seen.values()):
         return
-    parts = [f"{title(settings, number)}: {count}" for number, count in seen.items()]
+    parts = [f"{title(data, number)}: {count}" for number, count in seen.items()]
     yield finding("warning", "balance", f"pictures that an epoch sees of each concept differ: {'; '.join(parts)}")
 
 
@@ -179,12 +193,10 @@ def epoch(examples: Iterable[Example]) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
-def title(settings: Data, number: int) -> str:
+def title(data: Data, number: int) -> str:
     """What the user calls a concept: its trigger, or its folder."""
-    if not settings.concepts:
-        return settings.trigger or "all"
-    one = settings.concepts[number]
-    return printable(one.trigger or one.data)
+    part = concepts.parts(data)[number]
+    return printable(part.data.trigger or (part.data.data if part.title else None) or "all")
 
 
 def batches(framed: Sequence[Framed], batch: int) -> Iterator[Finding]:
