@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from finetune.data import buckets, geometry, masks, pictures
 from finetune.data.buckets import Unfit
@@ -50,15 +49,6 @@ def frame(
     for resolution in resolutions:
         buckets.require_multiple(resolution, multiple)
     return (_frame(example, framing, resolutions, multiple, seed) for example in examples)
-
-
-def unread(path: Path, background: str = "white") -> Framed:
-    """A picture that could not be read, with the reason."""
-    try:
-        pictures.decode(path, background)
-    except BadPicture as error:
-        return Framed(Example(path, ("",), path.name), faults=(error.reason,))
-    return Framed(Example(path, ("",), path.name), faults=("left out of the data",))
 
 
 def check(framing: Framing) -> None:

@@ -6,7 +6,6 @@ What cannot be trained is on the sheet too, framed in red; the exit status is th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,7 @@ from finetune.errors import Failure, Fault
 from finetune.settings import Adapter, Captions, Data, Framing, Loss, Model, Optim, Prior, Samples, Train
 
 if TYPE_CHECKING:
-    from finetune.data.examples import Example
+    from finetune.data.found import Problem
     from finetune.data.frames import Framed
 
 NO_CAPTION = "(no caption)"
@@ -59,7 +58,7 @@ def main(config: Config) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from finetune.data import frames, pictures, sheet
+    from finetune.data import frames, pictures, sheet, sources
 
     console = Console(stderr=True)
 
@@ -70,59 +69,61 @@ def main(config: Config) -> None:
     frames.check(config.framing)
     resolutions, multiple = _made_for(config.model, config.framing)
     sheet.files(config.output, 1, config.overwrite)  # refused before the pictures are read
-    examples, unread, refused = _read(data, config.captions, config.train.seed)
-    framed = [*unread, *frames.frame(examples, config.framing, resolutions, multiple, config.train.seed)]
-    title = Path(data.data or "concepts").name
+    examples, problems = sources.survey(_without_captions(data), config.captions)
+    if not examples and not any(problem.code == "picture" for problem in problems):
+        sources.refuse(problems, data)
+    found = list(frames.frame(examples, config.framing, resolutions, multiple, config.train.seed))
+    framed = _marked(found, problems)
+    title = Path(data.data).name if data.data else "concepts"
     written = sheet.write(framed, config.output, title, data.background, config.pages, config.overwrite, shown)
     for line in frames.describe(framed):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     print("\n".join(str(file) for file in written))
-    _raise(refused, [one for one in framed[len(unread) :] if one.faults])
+    _refuse(found, problems, data)
 
 
-def _read(data: Data, captions: Captions, seed: int) -> tuple[list[Example], list[Framed], Fault | None]:
-    """The pictures that can be read, those that cannot, and why training would not begin with them, if it would not.
-
-    A picture without a caption is no hindrance here.
-    """
-    from finetune.data import frames, lenient, sources
-
-    if data.prompt is None and not data.concepts:
-        data = replace(data, prompt=NO_CAPTION)
-    try:
-        examples, held_out = sources.read(data, captions, seed)
-        return [*examples, *held_out], [], None
-    except Fault as fault:
-        examples, refused = lenient.read(data), fault
-    known = {example.path for example in examples}
-    missing = [path for path in _pictures(data) if path not in known and path.name not in data.skip]
-    unread = [frames.unread(path, data.background) for path in missing]
-    if not examples and not unread:
-        raise refused
-    return examples, unread, refused
+def _without_captions(data: Data) -> Data:
+    """The data with a caption for every picture: to lack one is no hindrance here."""
+    concepts = tuple(replace(one, prompt=one.prompt or data.prompt or NO_CAPTION) for one in data.concepts)
+    return replace(data, prompt=data.prompt or NO_CAPTION, concepts=concepts, strict=False)
 
 
-def _pictures(data: Data) -> list[Path]:
-    """The picture files of the data's folders, readable or not."""
-    from finetune.data import folder, lenient
+def _marked(framed: Sequence[Framed], problems: Sequence[Problem]) -> list[Framed]:
+    """What is wrong with a picture's data, put to how it is framed; those that could not be read come first."""
+    from finetune.data.examples import Example
+    from finetune.data.frames import Framed
 
-    found: list[Path] = []
-    for path in lenient.folders(data):
-        with suppress(Fault):
-            found += folder.look(path).pictures
-    return found
+    told: dict[tuple[int, str], list[str]] = {}
+    for problem in problems:
+        for file in problem.files or (problem.text.partition(": ")[0],):
+            told.setdefault((problem.concept, file), []).append(problem.text.removeprefix(f"{file}: "))
+    marked = []
+    for one in framed:
+        faults = told.pop((one.example.concept, one.example.name), [])
+        marked.append(replace(one, faults=(*faults, *one.faults)))
+    lost = {file for problem in problems if problem.code == "picture" for file in problem.files}
+    unread = [
+        Framed(Example(Path(file), ("",), file, concept=concept), faults=tuple(faults))
+        for (concept, file), faults in told.items()
+        if file in lost
+    ]
+    return [*unread, *marked]
 
 
-def _raise(refused: Fault | None, ill: Sequence[Framed]) -> None:
+def _refuse(framed: Sequence[Framed], problems: Sequence[Problem], data: Data) -> None:
     """What keeps training from starting, now that the sheet shows it: of the data, then of the framing."""
-    from finetune.data.frames import name
+    from finetune.data import plan, sources
 
-    faults = [f"{name(one.example)}: {fault}" for one in ill for fault in one.faults]
-    advice = " ".join(dict.fromkeys(advice for one in ill for advice in one.advice))
-    if refused is not None:
-        raise Failure(f"The sheet is written; training would not start. {refused.message}", [*refused.details, *faults])
-    if ill:
-        raise Failure(f"The sheet is written; training would not start with those in red. {advice}", faults)
+    said: list[Fault] = []
+    for check in (lambda: sources.refuse(problems, data), lambda: plan.require(framed)):
+        try:
+            check()
+        except Fault as fault:
+            said.append(fault)
+    if said:
+        message = "\n".join(fault.message for fault in said)
+        details = [line for fault in said for line in fault.details]
+        raise Failure(f"The sheet is written, but training would not start.\n{message}", details)
 
 
 def _made_for(model: Model, framing: Framing) -> tuple[tuple[int, ...], int]:
