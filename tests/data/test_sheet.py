@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
+from finetune import cli
 from finetune.data import frames, sheet
 from finetune.data.examples import Example
 from finetune.data.frames import Framed
@@ -142,3 +143,95 @@ def test_any_picture_and_text_can_be_drawn(
 def test_a_picture_that_is_gone_is_crossed_out() -> None:
     one = Framed(Example(Path("gone.png"), ("x",), "gone.png"), faults=("there is no such file",))
     assert has(sheet.cell(one, {}), BAD)
+
+
+def preview(*words: str) -> int:
+    """The exit status of `finetune data preview`."""
+    try:
+        cli.main(["data", "preview", *words])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "pictures").mkdir()
+    example(tmp_path / "pictures" / "a.png", (200, 120))
+    example(tmp_path / "pictures" / "b.png", (80, 80))
+    (tmp_path / "pictures" / "a.txt").write_text("a cat")
+    return tmp_path / "pictures"
+
+
+def test_the_command_draws_a_folder_as_it_is_and_changes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, output = content(folder), folder.parent / "sheet.png"
+    assert preview(str(folder), "--output", str(output)) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == str(output) and "trained at 64 x 64 (2)" in said.err
+    assert content(folder) == before
+    with Image.open(output) as sheet_file:
+        assert sheet_file.format == "PNG"
+    assert preview(str(folder), "--output", str(output)) == 2
+    assert "there already" in capsys.readouterr().err
+
+
+def test_the_command_shows_what_cannot_be_trained_and_says_why(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows 3, 4 and 17: unreadable, and too small; the sheet is drawn all the same."""
+    (folder / "c.jpg").write_bytes(b"")
+    example(folder / "small.png", (12, 12))
+    before, output = content(folder), folder.parent / "sheet.png"
+    assert preview(str(folder), "--output", str(output)) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "c.jpg: the file is empty (0 bytes)" in said
+    assert "small.png: 12 x 12 pixels are too few for --resolution 64" in said and "x2.67" in said
+    with Image.open(output) as page:
+        assert has(page.convert("RGB"), BAD)
+    assert content(folder) == before
+
+
+def test_the_command_says_how_far_pictures_are_enlarged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example(folder / "small.png", (40, 40))
+    assert preview(str(folder), "--output", str(folder.parent / "sheet.png")) == 0
+    assert "enlarged up to x1.60: 1 (small.png)" in capsys.readouterr().err
+
+
+def test_the_command_needs_a_size_for_a_model_that_is_not_here(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (str(folder), "--output", str(folder.parent / "sheet.png"), "--model", "nobody/none")
+    assert preview(*words) == 2
+    assert "--resolution" in capsys.readouterr().err
+    assert preview(*words, "--resolution", "128") == 0
+
+
+def test_the_command_takes_concepts_and_masks_from_a_training_file(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    masks = folder.parent / "masks"
+    masks.mkdir()
+    Image.new("L", (200, 120), 255).save(masks / "a.png")
+    file = folder.parent / "train.toml"
+    file.write_text(
+        f'[train]\nsteps = 5\n[framing]\nresolution = 128\n[[concepts]]\ndata = "{folder}"\nmasks = "{masks}"\n'
+        f'[[concepts]]\ndata = "{folder}"\nprompt = "a photo of sks cat"\n'
+    )
+    assert preview("--config", str(file), "--output", str(folder.parent / "sheet.png")) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "b.png: no mask of that name" in said and "1 masked; without a mask, trained whole: 2 (a.png, b.png)" in said
+
+
+def test_the_command_says_what_it_cannot_take(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert preview(str(folder.parent / "none")) == 2
+    assert preview(str(folder), "--max-upscale", "-1") == 2
+    assert preview(str(folder), "--pages", "-1") == 2
+    assert preview() == 2
+    said = capsys.readouterr().err
+    assert "no such folder" in said and "--max-upscale" in said and "--pages" in said and "which data" in said
