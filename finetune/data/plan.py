@@ -7,11 +7,9 @@ from collections.abc import Iterable, Sequence
 from finetune import settings
 from finetune.data import captions
 from finetune.data.examples import Example, Item
-from finetune.data.frames import Framed, check, describe, frame, name, placement, table
+from finetune.data.frames import Framed, frame, name
 from finetune.errors import Fault
 from finetune.settings import Framing
-
-__all__ = ["Framed", "check", "describe", "frame", "items", "name", "placement", "plan", "table"]
 
 
 def plan(

@@ -112,10 +112,11 @@ def _marked(framed: Sequence[Framed], problems: Sequence[Problem]) -> list[Frame
 
 def _refuse(framed: Sequence[Framed], problems: Sequence[Problem], data: Data) -> None:
     """What keeps training from starting, now that the sheet shows it: of the data, then of the framing."""
-    from finetune.data import plan, sources
+    from finetune.data import sources
+    from finetune.data.plan import require
 
     said: list[Fault] = []
-    for check in (lambda: sources.refuse(problems, data), lambda: plan.require(framed)):
+    for check in (lambda: sources.refuse(problems, data), lambda: require(framed)):
         try:
             check()
         except Fault as fault:
