@@ -7,28 +7,22 @@ cache by its content, so that a second look at many pictures is quick.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from finetune import settings
-from finetune.data import concepts, folder, frames, lenient, looks, metadata, pictures, sources, symptoms
+from finetune.data import concepts, folder, frames, lenient, look_memo, metadata, sources, symptoms
+from finetune.data.concepts import Part
 from finetune.data.examples import Example
 from finetune.data.findings import Finding, finding, of_problem, ordered
 from finetune.data.frames import Framed
-from finetune.data.looks import Look
-from finetune.data.pictures import BadPicture
+from finetune.data.look_memo import Track
 from finetune.errors import Fault
 from finetune.glance import EMBEDDED, Glance, glance
 from finetune.settings import Data, Framing, Model
 
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
-"""Goes through pictures and shows how far it is"""
 UNKNOWN = Glance(512, 64, ())
 """What is assumed of a model that is not on this machine: Stable Diffusion 1's side"""
-WORKERS = 2
-"""Threads that look at pictures"""
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,8 @@ def examine(
     known = base or UNKNOWN
     resolutions = framing.resolution or (known.resolution,)
     framed, faults = _framed(everyone, framing, resolutions, known.multiple, seed)
-    seen = _looks(everyone, max(resolutions), data.background, track)
+    paths = {one.facts.digest: one.path for one in everyone if one.facts}
+    seen = look_memo.looks_of(paths, max(resolutions), data.background, track)
     found += faults
     found += [*symptoms.copies(everyone, seen), *symptoms.blurred(everyone, seen), *symptoms.facts(everyone)]
     found += [*symptoms.sizes(framed, batch), *symptoms.batches(framed, batch)]
@@ -163,11 +158,20 @@ def _read(data: Data, captions: settings.Captions, seed: int) -> tuple[list[Exam
     everyone = examples
     if any(one.code == "no caption" for one in problems):
         everyone = lenient.read(data, captions)
+    examples, everyone = (_titled(some, parts) for some in (examples, everyone))
     try:
         sources.held_out(examples, data, seed)
     except Fault as fault:
         found += [finding("error", "setting", fault.message)] if examples else []
     return examples, everyone, found
+
+
+def _titled(examples: Sequence[Example], parts: Sequence[Part]) -> list[Example]:
+    """With several concepts, names that say whose a picture is: "cat/1.jpg"."""
+    if len(parts) == 1:
+        return list(examples)
+    folders = {part.number: Path(part.data.data or "").name for part in parts}
+    return [replace(one, name=f"{folders[one.concept]}/{one.name or one.path.name}") for one in examples]
 
 
 def _framed(
@@ -178,21 +182,6 @@ def _framed(
     except Fault as fault:
         lines = fault.details or [fault.message]
         return [], [finding("error", "setting", line) for line in lines]
-
-
-def _looks(examples: Sequence[Example], side: int, background: str, track: Track) -> dict[str, Look]:
-    """The look of each picture by its digest."""
-    paths = {one.facts.digest: one.path for one in examples if one.facts}
-
-    def measured(digest: str) -> tuple[str, Look | None]:
-        try:
-            return digest, looks.look(pictures.decode(paths[digest], background)[0], side)
-        except BadPicture:  # changed since it was read
-            return digest, None
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        made = pool.map(measured, track(list(paths), "look at pictures"))
-        return {digest: look for digest, look in made if look is not None}
 
 
 def _unknown(model: Model, framing: Framing) -> Finding:

@@ -27,7 +27,7 @@ ADVICE = {
     "caption-missing": 'Write the captions, or give one for all that have none: --prompt "a photo of sks dog".',
     "size": "Give other pictures, another --resolution, or the limit that is named; or leave them out by name: --skip.",
     # What training would start with, to the result's disadvantage
-    "duplicate": "Keep one of each group, or leave the others out: --skip NAME ...: they weigh as much as all others.",
+    "duplicate": "Keep one of each group, or leave the others out: --skip NAME ...: each weighs as much as others.",
     "near-duplicate": "Look at them: what is seen twice is learned twice as hard. Leave out by name: --skip NAME ...",
     "blurred": "A model learns the blur too. Give sharper ones, or leave them out: --skip NAME ...",
     "enlarged": "Larger pictures, or a lower --resolution, give finer detail.",

@@ -82,7 +82,7 @@ def near(looks: Sequence[Look], block: int = 256) -> list[list[int]]:
     for numbers in alike.values():
         groups.join((numbers[0], other) for other in numbers[1:])
     hashes = np.array([looks[i].hash for i in firsts], dtype=np.uint64)
-    thumbs = np.frombuffer(b"".join(looks[i].thumb for i in firsts), dtype=np.uint8).reshape(len(firsts), -1)
+    thumbs = np.frombuffer(b"".join(looks[i].thumb for i in firsts), dtype=np.uint8).reshape(len(firsts), 192)
     for start in range(0, len(firsts), block):
         groups.join((firsts[i], firsts[j]) for i, j in _pairs(hashes, thumbs, start, block))
     return groups.found()

@@ -25,6 +25,8 @@ FREQUENT = 0.9
 """A tag in at least this share of the captions is said to be over-frequent."""
 CAPTIONS = 5
 """... where there are at least so many captions: among fewer, every tag is frequent."""
+SHOWN = 200
+"""Letters that are shown of what is cut off a caption"""
 UNBALANCED = 3.0
 """Concepts are said to be unbalanced when one is seen more than so many times as often as another."""
 
@@ -138,7 +140,8 @@ def captions(examples: Sequence[Example], data: Data, tokenizers: Sequence[Any])
         (name,) = names([example])
         for caption in example.captions:
             if cut := cut_off(tokenizers, caption):
-                text = f'{printable(name)}: the caption is longer than the text encoder reads; cut off: "{cut}"'
+                shown = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}... ({len(cut)} letters)"
+                text = f'{printable(name)}: the caption is longer than the text encoder reads; cut off: "{shown}"'
                 yield finding("warning", "caption-long", text, [name])
     for number, trigger in triggers(data).items():
         lack = [
@@ -171,7 +174,7 @@ def tags(examples: Sequence[Example], trigger: str | None) -> Iterator[Finding]:
         counts.update({tag.casefold() for caption in example.captions for tag in texts.tags(caption)})
     if len(examples) < CAPTIONS or not any("," in caption for one in examples for caption in one.captions):
         return
-    for tag, count in counts.most_common():
+    for tag, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])):
         if count >= FREQUENT * len(examples) and not (trigger and texts.holds(tag, trigger)):
             yield finding("warning", "tag", f'"{tag}" is in {count} of {len(examples)} captions')
 

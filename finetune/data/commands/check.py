@@ -51,6 +51,8 @@ class Config:
     """The pictures: a folder, or hf:NAME. Default: what the TOML file of --config says."""
     json: bool = False
     """Print the findings as JSON."""
+    pictures_a_step: int | None = None
+    """How many pictures a step is going to take. Default: what the TOML file says, else 1."""
     data: Data = field(default_factory=Data)
     captions: Captions = field(default_factory=Captions)
     framing: Framing = field(default_factory=Framing)
@@ -66,6 +68,8 @@ class Config:
 
 def main(config: Config) -> None:
     data = chosen(config.folder, config.data)
+    if config.pictures_a_step is not None and config.pictures_a_step < 1:
+        raise Fault(f"--pictures-a-step {config.pictures_a_step}: at least 1.")
 
     from rich.console import Console
     from rich.progress import track
@@ -78,7 +82,7 @@ def main(config: Config) -> None:
         config.captions,
         config.framing,
         config.model,
-        batch=config.train.batch_size * config.train.accumulation,
+        batch=config.pictures_a_step or config.train.batch_size * config.train.accumulation,
         seed=config.train.seed,
         track=lambda items, what: track(items, what, console=console, transient=True),
     )
