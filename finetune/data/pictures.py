@@ -35,6 +35,8 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF
 MAX_PIXELS = 89_478_485
 """Larger pictures are refused: 268 MB decoded, the size from which Pillow warns. It would raise at the double only."""
 
+LARGE = 40_000_000
+"""Pixels from which pictures are not decoded side by side"""
 SPARE = 4
 """How many times the wanted size a reducing decoder must leave, see `reduction`."""
 
@@ -128,10 +130,11 @@ def _decode(path: Path, background: str, by: int = 1) -> tuple[Image.Image, Fact
             reducible = opened.format in ("JPEG", "MPO")
             if reducible and by > 1 and min(opened.size) >= by:
                 opened.draft(None, (opened.width // by, opened.height // by))
-            upright, turned = _upright(opened, notes)
-            profile = opened.info.get("icc_profile")
-            colours, alpha = _colours_and_alpha(upright)
-            picture = _to_srgb(colours, profile, notes)
+            with _room(opened):
+                upright, turned = _upright(opened, notes)
+                profile = opened.info.get("icc_profile")
+                colours, alpha = _colours_and_alpha(upright)
+                picture = _to_srgb(colours, profile, notes)
     except Exception as error:  # decoders of foreign bytes raise anything: whatever it is, it is this file's fault
         raise BadPicture(path, _reason(path, error)) from error
     opaque = np.asarray(alpha if alpha is not None else 255)
@@ -147,7 +150,9 @@ def _decode(path: Path, background: str, by: int = 1) -> tuple[Image.Image, Fact
 
 def _digest(picture: Image.Image) -> str:
     hashed = hashlib.sha256(f"{picture.width} x {picture.height} {picture.mode}".encode())
-    hashed.update(np.asarray(picture).data)
+    strip = max(1, 1_000_000 // picture.width)  # lines at once: the pixels as bytes are never there as a whole
+    for top in range(0, picture.height, strip):
+        hashed.update(picture.crop((0, top, picture.width, min(top + strip, picture.height))).tobytes())
     return hashed.hexdigest()
 
 
@@ -181,6 +186,7 @@ def _formats() -> list[str]:
 
 
 _lock = threading.RLock()
+_large = threading.Lock()
 _listener = threading.local()
 """`notes`: the list that the warnings of this thread go to while it decodes"""
 _filter = ("always", None, UserWarning, re.compile(r"PIL\."), 0)
@@ -261,12 +267,22 @@ def _check_kind(opened: Image.Image) -> None:
         raise _Unfit(f"has {frames} {what}; save the one to learn as a PNG or JPEG")
 
 
+@contextmanager
+def _room(opened: Image.Image) -> Iterator[None]:
+    """Threads decode large pictures one after the other: each takes several copies of its pixels while that goes on."""
+    if opened.width * opened.height <= LARGE:
+        yield
+        return
+    with _large:
+        yield
+
+
 def _upright(opened: Image.Image, notes: list[str]) -> tuple[Image.Image, bool]:
-    """The picture, decoded and turned as its EXIF orientation says, and whether that was needed."""
+    """The picture (`opened` itself where it can be) decoded and upright by its EXIF orientation; whether that turned it."""
     before = _orientation(opened, notes) or opened.info.get("original_orientation", 1)  # pillow-heif turns on its own
     opened.load()
     left = _orientation(opened, notes)  # none for a TIFF: Pillow turns it while it loads
-    return (opened.transpose(TURNS[left]) if left else opened.copy()), before in TURNS
+    return (opened.transpose(TURNS[left]) if left else opened), before in TURNS
 
 
 def _orientation(opened: Image.Image, notes: list[str]) -> int | None:

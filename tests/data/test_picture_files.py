@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
 import sys
+import time
 import types
 import warnings
 import zlib
@@ -424,6 +426,15 @@ def test_names_that_are_not_utf8_can_be_printed() -> None:
     assert pictures.printable(os.fsdecode(b"caf\xe9\n.jpg")) == "caf\\xe9\\n.jpg"
 
 
+@pytest.mark.parametrize("size", [(1, 1), (700, 3), (1200, 900), (1_000_003, 2)])
+def test_the_digest_is_that_of_all_pixels(tmp_path: Path, size: tuple[int, int]) -> None:
+    picture, facts = decode(saved(tmp_path / "a.png", photo(*size)))
+    assert facts.digest == hashlib.sha256(f"{size[0]} x {size[1]} RGB".encode() + picture.tobytes()).hexdigest()
+    assert decode(saved(tmp_path / "b.bmp", picture))[1].digest == facts.digest  # whatever file they lie in
+    picture.putpixel((size[0] - 1, size[1] - 1), (1, 2, 3))
+    assert decode(saved(tmp_path / "a.png", picture))[1].digest != facts.digest
+
+
 # --- several threads, and decoders that reduce ---------------------------------------------------------------------
 
 
@@ -452,6 +463,27 @@ def test_threads_decode_at_once_each_with_its_own_notes(tmp_path: Path, monkeypa
         for path, found in zip(mixed, pool.map(look, mixed), strict=True):
             assert found == expected[path], path
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_large_pictures_are_decoded_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [saved(tmp_path / f"{number}.png", photo()) for number in range(4)]
+    inside, most = 0, {}
+    upright = pictures._upright
+
+    def slow(opened: Image.Image, notes: list[str]) -> tuple[Image.Image, bool]:
+        nonlocal inside
+        inside += 1
+        most[limit] = max(most.get(limit, 0), inside)
+        time.sleep(0.05)
+        inside -= 1
+        return upright(opened, notes)
+
+    monkeypatch.setattr(pictures, "_upright", slow)
+    for limit in (1000, 10_000):
+        monkeypatch.setattr(pictures, "LARGE", limit)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(decode, paths))
+    assert most[1000] == 1 and most[10_000] > 1
 
 
 def test_warnings_of_others_are_shown_as_before(tmp_path: Path) -> None:
