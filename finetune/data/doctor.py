@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from finetune import settings
 from finetune.data import concepts, folder, frames, lenient, look_memo, metadata, sources, symptoms
