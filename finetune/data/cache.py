@@ -38,7 +38,7 @@ from finetune.errors import Failure, Fault
 from finetune.weights import SUFFIX, read_header
 
 MARK = "finetune cache 1"
-"""Stands in the metadata of every shard; another number where the layout of a shard changes."""
+"""Stands in the metadata of every shard; another number where the layout of a shard changes. Such shards are left."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -160,7 +160,7 @@ class Shards:
         self._pending: dict[str, Entry] = {}
         self._bytes, self._since = 0, 0.0
         self._index = _Index()
-        self._bad: set[str] = set()  # shards that are damaged and could not be renamed
+        self._unusable: set[str] = set()  # shards that were given up
         self._lock = threading.RLock()  # on what stands above; held for moments
         self._writing = threading.Lock()  # held while a shard is written
         self._clear_parts()
@@ -190,13 +190,13 @@ class Shards:
                 raise KeyError(key)
             if place is None:
                 raise Lost(
-                    f"{self.folder}: a part of the cache was damaged or removed while it was in use ({_why(lost)}). "
-                    "Start again: what is missing is computed again."
+                    f"{self.folder}: a part of the cache cannot be read any more, which could be at the beginning: "
+                    f"{_why(lost)}. Start again: what is missing is computed again."
                 )
             try:
                 return _read_entry(self.folder / place.shard, _digest(key), place)
             except (OSError, _Damaged) as error:
-                self._drop(place.shard, error)  # another shard may hold it too
+                self._give_up(place.shard, error)  # another shard may hold it too
                 lost = error
 
     def add(self, key: str, tensors: Mapping[str, Tensor]) -> None:
@@ -227,11 +227,11 @@ class Shards:
             for name in self._index.shards.keys() - names:
                 self._index.drop(name)
             found = []
-            for name in sorted(names - self._index.shards.keys() - self._bad):
+            for name in sorted(names - self._index.shards.keys() - self._unusable):
                 try:
                     found.append(self._index.rows(name, _read_places(self.folder / name)))
                 except (OSError, Fault, ValueError) as error:
-                    self._set_aside(name, error)
+                    self._give_up(name, error)
             self._index.add(found)
 
     def close(self) -> None:
@@ -283,21 +283,20 @@ class Shards:
                 f"{self.folder}: the cache cannot be read ({_why(error)}). Name another folder with --cache."
             ) from error
 
-    def _drop(self, name: str, error: Exception) -> None:
-        """A shard that could be read can be no more."""
+    def _give_up(self, name: str, error: Exception) -> None:
+        """Use a shard no more. One that is damaged gets another name; one that others removed is nobody's fault."""
         with self._lock:
-            if not isinstance(error, FileNotFoundError):
-                self._set_aside(name, error)
             self._index.drop(name)
-
-    def _set_aside(self, name: str, error: Exception) -> None:
-        if isinstance(error, FileNotFoundError):
-            return  # another process was faster
-        aside = self.folder / (name + ASIDE)
-        self._bad.add(name)
-        with suppress(OSError):  # a folder that cannot be written: left there, and not used
-            os.rename(self.folder / name, aside)
-        log.warning("%s: damaged (%s). Set aside as %s; what it held is computed again.", name, _why(error), aside.name)
+            if isinstance(error, FileNotFoundError):
+                return
+            self._unusable.add(name)
+        if isinstance(error, OSError) or isinstance(error.__cause__, OSError):  # perhaps another time
+            log.warning("%s: cannot be read (%s); what it holds is computed again.", name, _why(error))
+        elif not isinstance(error, _OtherVersion):
+            aside = self.folder / (name + ASIDE)
+            with suppress(OSError):  # in a folder that cannot be written it stays
+                os.rename(self.folder / name, aside)
+            log.warning("%s: damaged (%s). Set aside as %s; what it held is computed again.", name, _why(error), aside)
 
     def _clear_parts(self) -> None:
         """Remove shards that were never finished. Nobody writes while the lock is free: their writers are dead."""
@@ -457,6 +456,10 @@ class _Damaged(ValueError):
     """Why a shard cannot be what was written."""
 
 
+class _OtherVersion(ValueError):
+    """A shard that another version of this module reads."""
+
+
 def _write_shard(folder: Path, entries: Mapping[str, Entry]) -> None:
     """One safetensors file, its tensors named `key/name`; the metadata holds MARK and each entry's checksum."""
     header: dict[str, Any] = {
@@ -499,7 +502,10 @@ def _write_shard(folder: Path, entries: Mapping[str, Entry]) -> None:
 def _read_places(path: Path) -> list[tuple[bytes, int, Layout, int]]:
     """Key, first byte, layout and checksum of each entry, from the header. Raises Fault or ValueError."""
     header, metadata, begin = read_header(path)
-    if metadata.get("format") != MARK:
+    mark = metadata.get("format", "")
+    if mark != MARK and mark.startswith(MARK.rstrip("0123456789")):
+        raise _OtherVersion(mark)
+    if mark != MARK:
         raise _Damaged("not a shard of this cache")
     places: list[tuple[bytes, int, list[tuple[str, str, tuple[int, ...]]]]] = []
     keys: set[bytes] = set()

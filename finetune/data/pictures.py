@@ -278,7 +278,7 @@ def _room(opened: Image.Image) -> Iterator[None]:
 
 
 def _upright(opened: Image.Image, notes: list[str]) -> tuple[Image.Image, bool]:
-    """The picture (`opened` itself where it can be) decoded and upright by its EXIF orientation; whether that turned it."""
+    """The picture (perhaps `opened` itself), decoded and upright by its EXIF orientation; whether it was turned."""
     before = _orientation(opened, notes) or opened.info.get("original_orientation", 1)  # pillow-heif turns on its own
     opened.load()
     left = _orientation(opened, notes)  # none for a TIFF: Pillow turns it while it loads
