@@ -125,7 +125,8 @@ def _decode(path: Path, background: str, by: int = 1) -> tuple[Image.Image, Fact
     behind = colour(background)
     try:
         _check_file(path)
-        with _pillow() as notes, Image.open(path, formats=_formats()) as opened:
+        # Not by its name: Pillow maps some kinds of TIFF into memory then, and scrambles those that are turned.
+        with _pillow() as notes, path.open("rb") as file, Image.open(file, formats=_formats()) as opened:
             _check_kind(opened)
             reducible = opened.format in ("JPEG", "MPO")
             if reducible and by > 1 and min(opened.size) >= by:

@@ -132,7 +132,7 @@ def _part(part: Part, texts: settings.Captions) -> tuple[list[Example], list[Pro
     facts, unreadable = _decode(found.pictures, part.data.background)
     told = {file for problem in found.problems for file in problem.files if problem.code == "caption file"}
     problems += [*unreadable, *found.problems]
-    examples = []
+    examples: list[Example] = []
     if captions.check(part.data.trigger, part.data.template) is None:
         examples, missing = _captioned(part, found.pictures, facts, told, texts)
         problems += missing

@@ -19,10 +19,9 @@ def describe(given: Sequence[Example] | Sequence[Item], tokenizers: Iterable[Any
 
     Of items, also how they are scaled and cropped; with the model's tokenizers, also what of their captions is cut off.
     """
-    examples = list(
-        {_key(one): one for one in (one.example if isinstance(one, Item) else one for one in given)}.values()
-    )
     items = [one for one in given if isinstance(one, Item)]
+    every = [one.example if isinstance(one, Item) else one for one in given]
+    examples = list({(one.concept, one.path, one.name): one for one in every}.values())
     found = {one: one.facts or pictures.decode(one.path)[1] for one in examples}
     lines = [_sizes(list(found.values())) + _views(items), *_concepts(examples)]
     lines += frames.describe([Framed(one.example, {number: one.views}) for number, one in enumerate(items)])
@@ -36,23 +35,16 @@ def describe(given: Sequence[Example] | Sequence[Item], tokenizers: Iterable[Any
     return lines
 
 
-def cut_off(examples: Sequence[Example], tokenizers: Iterable[Any]) -> list[str]:
+def cut_off(examples: Sequence[Example], tokenizers: Iterable[Any], most: int = 6) -> list[str]:
     """Lines that show which captions are longer than a text encoder's window, and what of each is never seen."""
     known = list(tokenizers)
-    lost = {
-        text: cut
-        for text in dict.fromkeys(text for one in examples for text in one.captions)
-        if known and (cut := captions.cut_off(known, text))
-    }
-    lines = []
-    for text, cut in lost.items():
-        names = [_name(one) for one in examples if text in one.captions]
-        lines.append(f'caption too long, the text encoder does not see its end "{cut}": {_shortened(names)}')
-    return lines
-
-
-def _key(one: Example) -> tuple[Any, ...]:
-    return one.concept, one.path, one.name
+    owners: dict[str, list[str]] = {}
+    for one in examples if known else ():
+        for text in one.captions:
+            owners.setdefault(text, []).append(_name(one))
+    lost = [(cut, names) for text, names in owners.items() if (cut := captions.cut_off(known, text))]
+    lines = [f'too long for the text encoder, which does not see "{cut}": {_shortened(names)}' for cut, names in lost]
+    return [*lines[:most], *([f"... and {len(lines) - most} more captions"] if len(lines) > most else [])]
 
 
 def _name(one: Example) -> str:
@@ -91,10 +83,8 @@ def _captions(examples: Sequence[Example], items: Sequence[Item]) -> list[str]:
     own = [one for one in examples if one.own_caption]
     rest = [one for one in examples if not one.own_caption]
     count = sum(len(one.captions) for one in own)
-    several = f" for {_count(len(own), 'picture')}" if count > len(own) else ""
-    lines = (
-        [f"{_count(count, 'caption')} of their own{several}" if count > 1 else "1 caption of its own"] if own else []
-    )
+    several = f" of {_count(len(own), 'picture')}" if count > len(own) else ""
+    lines = [f"{_count(count, 'caption')} from {'files' if count > 1 else 'a file'}{several}"] if own else []
     for prompt in dict.fromkeys(one.captions[0] for one in rest):
         what = [one for one in rest if one.captions[0] == prompt]
         lines += _named(f'"{prompt}" for those without', what) if own else [f'"{prompt}" for {len(what)}']

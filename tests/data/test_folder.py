@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from finetune import data
-from finetune.data import Example
+from finetune.data import Example, sources
 from finetune.data.pictures import SUFFIXES
 from finetune.errors import Fault
-from finetune.settings import Data
+from finetune.settings import Captions, Data
 
 PROMPT = "a photo of sks dog"
 
@@ -33,7 +33,7 @@ def text(path: Path, content: str | bytes) -> Path:
 
 
 def read(folder: Path, prompt: str | None = PROMPT, **settings: object) -> list[Example]:
-    return data.read(Data(folder, prompt=prompt, **settings))  # type: ignore[arg-type]
+    return data.read(Data(str(folder), prompt=prompt, **settings))[0]  # type: ignore[arg-type]
 
 
 def fault(folder: Path, prompt: str | None = PROMPT, **settings: object) -> Fault:
@@ -46,7 +46,7 @@ def fault(folder: Path, prompt: str | None = PROMPT, **settings: object) -> Faul
 
 
 def pairs(examples: list[Example]) -> dict[str, str]:
-    return {example.path.name: example.caption for example in examples}
+    return {example.name: example.captions[0] for example in examples}
 
 
 # --- which files are pictures --------------------------------------------------------------------------------------
@@ -57,7 +57,8 @@ def test_pictures_come_by_name_with_the_prompt(tmp_path: Path) -> None:
         picture(tmp_path / name)
     assert pairs(read(tmp_path)) == {"a.jpg": PROMPT, "b.png": PROMPT, "c.webp": PROMPT}
     assert [one.path.name for one in read(tmp_path)] == ["a.jpg", "b.png", "c.webp"]
-    assert all(one.weight == 1 and not one.flip and not one.own_caption for one in read(tmp_path))
+    assert all(one.weight == one.repeats == 1 and not one.own_caption for one in read(tmp_path))
+    assert all(one.path == tmp_path / one.name and one.facts and one.facts.digest for one in read(tmp_path))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -138,9 +139,10 @@ def test_only_what_is_named_is_left_out(tmp_path: Path) -> None:
     assert "2 pictures, all named in --skip" in fault(tmp_path, skip=("bad one.jpg", "good.jpg")).message
 
 
-def test_a_wrong_background_is_said_before_anything_is_decoded(tmp_path: Path) -> None:
+def test_a_wrong_background_is_said_with_all_the_rest(tmp_path: Path) -> None:
     text(tmp_path / "bad.jpg", b"")
-    assert "background 'wite' is not a colour" in fault(tmp_path, background="wite").message
+    found = fault(tmp_path, background="wite")
+    assert "background 'wite' is not a colour" in found.details[0] and "bad.jpg: the file is empty" in found.details[1]
 
 
 # --- captions ------------------------------------------------------------------------------------------------------
@@ -282,7 +284,7 @@ def test_any_bytes_are_a_caption_or_a_fault(raw: bytes, tmp_path: Path) -> None:
     picture(tmp_path / "a.jpg")
     text(tmp_path / "a.txt", raw)
     try:
-        caption = read(tmp_path)[0].caption
+        caption = read(tmp_path)[0].captions[0]
     except Fault as found:
         assert len(found.details) == 1 and found.details[0].startswith("a.txt: ")
     else:
@@ -301,17 +303,65 @@ def test_names_that_are_not_utf8_are_read_and_can_be_said(tmp_path: Path) -> Non
     message.encode("utf-8")
 
 
-# --- mirror images and class pictures ------------------------------------------------------------------------------
+def test_each_line_may_be_a_caption_of_its_own(tmp_path: Path) -> None:
+    picture(tmp_path / "a.jpg")
+    text(tmp_path / "a.txt", "a dog\n\n  on  grass\r\na dog\n")
+    assert read(tmp_path)[0].captions == ("a dog on grass a dog",)
+    several = data.read(Data(str(tmp_path), trigger="sks"), Captions(several_captions=True))[0]
+    assert several[0].captions == ("sks, a dog", "sks, on grass")
 
 
-def test_flip_adds_the_mirror_images(tmp_path: Path) -> None:
+def test_the_trigger_alone_is_caption_enough(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        picture(tmp_path / name)
+    text(tmp_path / "a.txt", "a dog")
+    assert pairs(read(tmp_path, None, trigger="sks")) == {"a.jpg": "sks, a dog", "b.jpg": "sks"}
+    template = "a photo of {trigger}, {caption}"
+    made = read(tmp_path, None, trigger="sks", template=template)
+    assert pairs(made) == {"a.jpg": "a photo of sks, a dog", "b.jpg": "a photo of sks"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"template": "{trigger}, {captoin}", "trigger": "sks"}, "{captoin} is not known. It knows {trigger} and"),
+        ({"template": "{trigger", "trigger": "sks"}, "a brace without its other half"),
+        ({"template": "{trigger}, {caption}"}, "has a place for the trigger: name it"),
+        ({"template": "a {caption}", "trigger": "sks"}, "leaves out the trigger sks"),
+        ({"template": "a photo of {trigger}", "trigger": "sks"}, "leaves out the captions of a.jpg: put {caption}"),
+        ({"trigger": " "}, "--trigger is empty"),
+    ],
+)
+def test_a_template_that_loses_something_is_said(tmp_path: Path, given: dict[str, str], said: str) -> None:
     picture(tmp_path / "a.jpg")
     picture(tmp_path / "b.jpg")
-    text(tmp_path / "b.txt", "own")
-    examples = read(tmp_path, flip=True)
-    assert [(one.path.name, one.caption, one.flip) for one in examples] == [
-        ("a.jpg", PROMPT, False), ("b.jpg", "own", False), ("a.jpg", PROMPT, True), ("b.jpg", "own", True),
+    text(tmp_path / "a.txt", "a dog")
+    assert said in str(fault(tmp_path, None, **given))
+
+
+def test_a_trigger_that_tags_could_be_dropped_with_is_said(tmp_path: Path) -> None:
+    picture(tmp_path / "a.jpg")
+    text(tmp_path / "a.txt", "a dog, grass, sks")
+    settings = Data(str(tmp_path), trigger="sks")
+    with pytest.raises(Fault, match=r"sks may be dropped with other tags from a\.jpg.*--keep-tags 3"):
+        data.read(settings, Captions(tag_dropout=0.1))
+    assert data.read(settings, Captions(tag_dropout=0.1, keep_tags=3))[0]
+    assert data.read(settings, Captions(shuffle_tags=True))[0]
+
+
+def test_what_can_be_read_is_told_beside_what_cannot(tmp_path: Path) -> None:
+    picture(tmp_path / "a.jpg")
+    text(tmp_path / "b.jpg", b"")
+    text(tmp_path / "a.txt", "caf\xe9".encode("latin-1"))
+    picture(tmp_path / "c.jpg")
+    examples, problems = sources.survey(Data(str(tmp_path), prompt=PROMPT, skip=("d.jpg",)))
+    assert [one.name for one in examples] == ["a.jpg", "c.jpg"]
+    assert [(one.code, one.files) for one in problems] == [
+        ("picture", ("b.jpg",)), ("caption file", ("a.txt", "a.jpg")), ("skip", ("d.jpg",)),
     ]  # fmt: skip
+
+
+# --- class pictures ------------------------------------------------------------------------------------------------
 
 
 def test_class_pictures_take_one_caption_and_weight(tmp_path: Path) -> None:
@@ -320,7 +370,8 @@ def test_class_pictures_take_one_caption_and_weight(tmp_path: Path) -> None:
     text(tmp_path / "pictures.json", "{}")
     text(tmp_path / "0001.txt", "not used for class pictures")
     examples = data.read_plain(tmp_path, "a photo of a dog", 0.5)
-    assert [(one.caption, one.weight) for one in examples] == [("a photo of a dog", 0.5)] * 2
+    assert [(one.captions, one.weight) for one in examples] == [(("a photo of a dog",), 0.5)] * 2
+    assert [one.name for one in data.read_files([tmp_path / "0002.png"], "a dog")] == ["0002.png"]
     text(tmp_path / "0003.png", b"")
     with pytest.raises(Fault, match=r"0003\.png: the file is empty"):
         data.read_plain(tmp_path, "a photo of a dog", 0.5)
