@@ -95,7 +95,10 @@ def examine(
 ) -> Report:
     """Look at everything. `batch`: pictures a step, over all passes and processes. Raises no Fault."""
     captions, framing, model = captions or settings.Captions(), framing or Framing(), model or Model()
-    examples, everyone, found = _read(data, captions, seed)
+    try:
+        examples, everyone, found = _read(data, captions, seed)
+    except Fault as fault:
+        return Report([finding("error", "setting", line) for line in (fault.message, *fault.details)])
     base = glance(model)
     if base is None:
         found.append(_unknown(model, framing))
@@ -149,22 +152,20 @@ def _passes(count: int) -> tuple[float, str]:
 
 
 def _read(data: Data, captions: settings.Captions, seed: int) -> tuple[list[Example], list[Example], list[Finding]]:
-    """The examples that have captions, all pictures that can be read, and what training would refuse."""
-    try:
-        examples, problems = sources.survey(data, captions)
-        parts = concepts.parts(data)
-    except Fault as fault:
-        return [], [], [finding("error", "setting", line) for line in (fault.message, *fault.details)]
+    """The examples that have captions, all pictures that can be read, and what training would refuse.
+
+    Raises Fault where the settings do not say what to read.
+    """
+    examples, problems = sources.survey(data, captions)
+    parts = concepts.parts(data)
     found = [of_problem(one, parts[one.concept].title) for one in problems]
-    everyone = examples
-    if any(one.code == "no caption" for one in problems):
-        everyone = lenient.read(data, captions)
-    examples, everyone = (_titled(some, parts) for some in (examples, everyone))
+    lacking = any(one.code == "no caption" for one in problems)
+    everyone = lenient.read(data, captions) if lacking else examples
     try:
         sources.held_out(examples, data, seed)
     except Fault as fault:
         found += [finding("error", "setting", fault.message)] if examples else []
-    return examples, everyone, found
+    return _titled(examples, parts), _titled(everyone, parts), found
 
 
 def _titled(examples: Sequence[Example], parts: Sequence[Part]) -> list[Example]:

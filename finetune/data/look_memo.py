@@ -98,13 +98,19 @@ def _folder() -> Path:
     return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune") / "facts"
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path, again: bool = True) -> sqlite3.Connection:
+    """A file that is no database of ours is set aside under another name, and begun anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(path, timeout=PATIENCE)
     try:
         connection.execute("CREATE TABLE IF NOT EXISTS looks (key BLOB PRIMARY KEY, look BLOB NOT NULL) WITHOUT ROWID")
-    except BaseException:
+        connection.execute("SELECT key, look FROM looks LIMIT 1").fetchone()
+    except BaseException as error:
         connection.close()
+        if again and isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+            log.warning("%s: damaged (%s). Set aside; pictures are looked at again.", path.name, error)
+            os.replace(path, path.with_name(f"{path.name}.damaged"))
+            return _open(path, again=False)
         raise
     return connection
 

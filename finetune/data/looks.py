@@ -20,7 +20,7 @@ least sharp has 333 (1024), 492 (512), 2636 (64). Blurred by a Gaussian of 1.5 p
 81 (512); at 64 pixels, where 1.5 pixels take more of the structure with them, it takes 2 pixels: 104. A blur of one
 pixel is found in half of them; less is not.
 """
-NEAR_BITS = 8
+NEAR_BITS = 6
 """Pictures whose perceptual hashes differ in at most so many of 64 bits may be near copies.
 
 Measured on the same pictures, of which no two are copies: the two nearest photographs are 14 apart, the two nearest

@@ -12,7 +12,7 @@ from PIL import Image
 from finetune.data import captions as texts
 from finetune.data import concepts, looks
 from finetune.data.examples import Example
-from finetune.data.findings import ADVICE, Finding, finding, named
+from finetune.data.findings import ADVICE, Finding, Severity, finding, named
 from finetune.data.frames import Framed
 from finetune.data.looks import BLURRED, Look
 from finetune.data.pictures import printable
@@ -27,6 +27,8 @@ CAPTIONS = 5
 """... where there are at least so many captions: among fewer, every tag is frequent."""
 SHOWN = 200
 """Letters that are shown of what is cut off a caption"""
+ENLARGED = 1.25
+"""Pictures that are enlarged further are said to harm the result; those up to here are only told."""
 UNBALANCED = 3.0
 """Concepts are said to be unbalanced when one is seen more than so many times as often as another."""
 
@@ -89,7 +91,8 @@ def sizes(framed: Sequence[Framed], batch: int) -> Iterator[Finding]:
             yield finding("note", "resolution", f"{printable(name)}: not trained at {resolution}: {reason}", [name])
         largest = max((view.scale for views in one.views.values() for view in views), default=1.0)
         if largest > 1:
-            yield finding("warning", "enlarged", f"{printable(name)}: enlarged x{largest:.2f}", [name])
+            severity: Severity = "warning" if largest > ENLARGED else "note"
+            yield finding(severity, "enlarged", f"{printable(name)}: enlarged x{largest:.2f}", [name])
         for views in one.views.values():
             alone[views[0].target].append(name)
     if batch > 1 and len(alone) > 1:
