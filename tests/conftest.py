@@ -22,6 +22,6 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that a test makes reaches the user's cache, and nothing there reaches a test."""
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "finetune-cache"))
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path_factory.mktemp("finetune-cache")))

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune import keys, settings
-from finetune.data import captions, concepts, folder, library, masks, metadata, pictures
+from finetune.data import captions, concepts, folder, library, masks, memo, metadata, pictures
 from finetune.data.concepts import Part
 from finetune.data.examples import Example
 from finetune.data.found import Found, Picture, Problem, listed
@@ -197,14 +197,14 @@ def _lost(part: Part, found: Sequence[Picture], examples: Sequence[Example], tex
 
 
 def _decode(found: Sequence[Picture], background: str) -> tuple[dict[Path, Facts], list[Problem]]:
-    """Decode all: what was found in each, and those that cannot be used."""
+    """Decode all that was not decoded before: what was found in each, and those that cannot be used."""
     facts: dict[Path, Facts] = {}
     bad: list[Problem] = []
-    for one in found:
-        try:
-            facts[one.path] = pictures.decode(one.path, background)[1]
-        except BadPicture as error:
-            bad.append(Problem("picture", f"{printable(one.name)}: {error.reason}", (one.name,)))
+    for one, seen in zip(found, memo.facts_of([one.path for one in found], background), strict=True):
+        if isinstance(seen, BadPicture):
+            bad.append(Problem("picture", f"{printable(one.name)}: {seen.reason}", (one.name,)))
+        else:
+            facts[one.path] = seen
     return facts, bad
 
 

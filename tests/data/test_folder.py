@@ -36,12 +36,16 @@ def read(folder: Path, prompt: str | None = PROMPT, **settings: object) -> list[
     return data.read(Data(str(folder), prompt=prompt, **settings))[0]  # type: ignore[arg-type]
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def fault(folder: Path, prompt: str | None = PROMPT, **settings: object) -> Fault:
     """What is refused; and nothing in the folder was changed."""
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = contents(folder)
     with pytest.raises(Fault) as caught:
         read(folder, prompt, **settings)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert contents(folder) == before
     return caught.value
 
 

@@ -160,7 +160,7 @@ def test_a_background_that_is_no_colour_is_refused_at_once(tmp_path: Path) -> No
 
 
 def database(tmp_path: Path) -> Path:
-    return tmp_path / "finetune-cache" / "facts" / memo.FILE
+    return Path(os.environ["FINETUNE_CACHE"]) / "facts" / memo.FILE
 
 
 def test_it_holds_no_names(tmp_path: Path) -> None:

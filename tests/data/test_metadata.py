@@ -33,11 +33,15 @@ def read(folder: Path, **given: Any) -> list[Example]:
     return data.read(Data(str(folder), **given))[0]
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def refused(folder: Path, **given: Any) -> Fault:
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = contents(folder)
     with pytest.raises(Fault) as caught:
         read(folder, **given)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert contents(folder) == before
     return caught.value
 
 
