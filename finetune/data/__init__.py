@@ -5,7 +5,7 @@ each picture is scaled, cropped and captioned; `pixels` (examples.py) makes what
 user is told. Below them: `folder.py`, `metadata.py` and `library.py` find pictures, `pictures.py` decodes one.
 """
 
-from finetune.data.examples import Example, pixels
+from finetune.data.examples import Example, Item, pixels
 from finetune.data.geometry import Geometry
 from finetune.data.pictures import BadPicture, Facts
 from finetune.data.sources import held_out, read, read_files, read_plain, survey
@@ -16,6 +16,7 @@ __all__ = [
     "Example",
     "Facts",
     "Geometry",
+    "Item",
     "describe",
     "held_out",
     "pixels",
