@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, Suppress
 
-from finetune.data.commands.check import chosen
+from finetune.commands.check import chosen
 from finetune.errors import Failure, Fault
 from finetune.settings import Adapter, Captions, Data, Framing, Loss, Model, Optim, Prior, Samples, Train
 
