@@ -48,8 +48,11 @@ def _dispatch(words: list[str]) -> None:
         if name in VERBS:
             return VERBS[name].run(words[len(name.split()) :], f"finetune {name}")
     verb, groups = words[0], {name.split()[0] for name in VERBS}
+    below = {name: row for name, row in VERBS.items() if name.startswith(f"{verb} ")}
+    if below and words[1:] in (["-h"], ["--help"]):
+        print(_table(f"usage: finetune {verb} COMMAND [OPTIONS]\n", below))
+        return
     if verb in groups:
-        below = [name for name in VERBS if name.startswith(f"{verb} ")]
         raise Fault(f"finetune {verb}: which one? {shelf.nearest(' '.join(words[:2]), below)}")
     raise Fault(f"finetune {verb}: there is no such command. {shelf.nearest(verb, groups)}")
 

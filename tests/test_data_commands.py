@@ -13,6 +13,7 @@ import pytest
 from PIL import ImageFile
 from planted import MESSY, TABLE, Row
 
+from finetune import config, shelf
 from finetune.cli import main
 from finetune.data import findings
 
@@ -202,6 +203,26 @@ def test_a_model_that_is_not_here_is_said_and_captions_judged_by_their_words(
     assert status == 0 and {"unknown-model", "caption-long"} < {one["code"] for one in report["findings"]}
     (cut,) = [one["text"] for one in report["findings"] if one["code"] == "caption-long"]
     assert cut.count("word") == 15, "75 of 90 words are read at most"
+
+
+@pytest.mark.parametrize("name", shelf.settings())
+def test_ready_settings_can_be_given(name: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, report, _ = checked(capsys, photos, "--config", name, "--max-upscale", "20")
+    assert status == 0 and report["recommendation"], report["findings"]
+
+
+def test_the_settings_of_a_run_can_be_given(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = shelf.load("lora")
+    made = config.parse(page.Config, ["--data", str(photos), "--output", "o", "--batch-size", "5"], "finetune")
+    (photos.parent / "settings.toml").write_text(config.dumps(made))
+    status, report, _ = checked(capsys, "--config", photos.parent / "settings.toml")
+    assert status == 0 and [one["code"] for one in report["findings"]] == ["batch"]
+
+
+def test_the_commands_of_data_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["data", "--help"])
+    said = capsys.readouterr().out
+    assert all(f"data {verb} " in said for verb in ("check", "preview", "caption", "cache"))
 
 
 def test_the_exit_status_is_the_processs(tmp_path: Path) -> None:

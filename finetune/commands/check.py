@@ -23,12 +23,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, Suppress
 
 from finetune.errors import FAILED, Fault
-from finetune.settings import Adapter, Captions, Data, Framing, Loss, Model, Optim, Prior, Samples, Train
+from finetune.settings import Adapter, Captions, Data, Framing, Loss, Model, Optim, Output, Prior, Samples, Train
 
 if TYPE_CHECKING:
     from finetune.data.doctor import Report
@@ -64,6 +65,7 @@ class Config:
     optim: Annotated[Optim, Suppress] = field(default_factory=Optim)
     loss: Annotated[Loss, Suppress] = field(default_factory=Loss)
     samples: Annotated[Samples, Suppress] = field(default_factory=Samples)
+    output: Annotated[Output, Suppress] = field(default_factory=lambda: Output(Path("run")))
 
 
 def main(config: Config) -> None:
