@@ -7,13 +7,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from finetune import families, keys
+from finetune import families, home, keys
+from finetune.data.encoding import Track
 from finetune.families import Family, Source
 from finetune.pictures import save_png
 from finetune.sampling import sample
@@ -21,8 +22,6 @@ from finetune.settings import Prior
 
 BATCH = 4
 RECORD = "pictures.json"
-Track = Callable[[Sequence[list[int]], str], Iterator[list[int]]]
-"""Goes through the items and shows how far it is."""
 log = logging.getLogger(__name__)
 
 
@@ -46,20 +45,15 @@ def draw(
     ):
         raise ValueError("class pictures are the frozen base's: draw them before anything trains")
     origin = _origin(family, source, prompts, settings, seed, resolution)
-    folder = cache() / "class-pictures" / _name(prompts[0], origin)
+    folder = home.cache("class-pictures", _name(prompts[0], origin))
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         record = _read(folder, origin)
         missing = _missing(folder, record, settings.class_images)
         batches = [missing[start : start + BATCH] for start in range(0, len(missing), BATCH)]
-        for batch in track(batches, "class pictures") if batches else ():
+        for batch in track(batches, "class pictures", len(batches)) if batches else ():
             _draw(family, folder, origin, record, batch)
     return [folder / _file(index) for index in range(settings.class_images)]
-
-
-def cache() -> Path:
-    """Where what can be made again is kept: $FINETUNE_CACHE, else ~/.cache/finetune."""
-    return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune")
 
 
 def _origin(

@@ -12,8 +12,8 @@ from dataclasses import replace
 from itertools import cycle, islice
 
 from finetune import class_pictures, data
-from finetune.class_pictures import Track
 from finetune.data import Example
+from finetune.data.encoding import Track
 from finetune.errors import Fault
 from finetune.families import Family, Source
 from finetune.settings import Concept, Data, Prior

@@ -96,10 +96,10 @@ class Run:
             self.accelerator.init_trackers(LOGS)
         self.console.print(self._summary(family, groups, subjects, companions))
 
-    def track(self, items: Sequence[Piece], what: str) -> Iterator[Piece]:
+    def track(self, items: Iterable[Piece], what: str, total: int) -> Iterator[Piece]:
         """Go through `items` and show how far it is."""
         with self._progress() as progress:
-            yield from progress.track(items, total=len(items), description=what)
+            yield from progress.track(items, total=total, description=what)
 
     def steps(self, reports: Iterable[Report]) -> Iterator[int]:
         """Go through the training steps: the bar, `log.jsonl` and the tracker. Yields the number of steps done."""

@@ -38,13 +38,13 @@ def main(config: Config) -> None:
     # The base, frozen. It draws the class pictures before it learns anything.
     source = ft.Source(**vars(config.model))
     family = ft.load(source, run.dtype, run.device)
-    side = max(config.framing.resolution or (family.resolution(),))
-    beside = ft.priors.examples(family, source, config.prior, config.data, examples, run.seed, side, run.track)
+    sides = config.framing.resolution or (family.resolution(),)
+    beside = ft.priors.examples(family, source, config.prior, config.data, examples, run.seed, max(sides), run.track)
     beside = ft.priors.lessons(beside, config.prior.class_images)  # nothing can be switched off to ask the base later
 
     # How each picture is scaled and cropped, and its captions varied.
-    subjects = ft.data.plan(examples, config.framing, config.captions, family, run.seed)
-    companions = ft.data.plan(beside, config.framing, config.captions, family, run.seed)
+    subjects = ft.data.plan(examples, config.framing, sides, family.multiple(), config.captions, run.seed)
+    companions = ft.data.plan(beside, config.framing, sides, family.multiple(), config.captions, run.seed)
 
     # What trains: every weight of the denoiser, and of the text encoders where a rate is given for them.
     groups = ft.adapters.full(family, config.optim.lr, config.optim.text_encoder_lr)
@@ -65,7 +65,7 @@ def main(config: Config) -> None:
             save(f"model-{step:06d}")
             ft.release_frozen(family)
         if ft.due(step, config.samples.sample_every):
-            ft.preview(run, family, source, config.samples, prompts, side, step)
+            ft.preview(run, family, source, config.samples, prompts, max(sides), step)
 
     # Written, loaded back and compared with the live model before it counts as done.
     if run.leads:

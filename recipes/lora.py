@@ -50,12 +50,12 @@ def main(config: Config) -> None:
     # The base, frozen. It draws the class pictures before anything is added to it.
     source = ft.Source(**vars(config.model))
     family = ft.load(source, run.dtype, run.device)
-    side = max(config.framing.resolution or (family.resolution(),))
-    beside = ft.priors.examples(family, source, config.prior, config.data, examples, run.seed, side, run.track)
+    sides = config.framing.resolution or (family.resolution(),)
+    beside = ft.priors.examples(family, source, config.prior, config.data, examples, run.seed, max(sides), run.track)
 
     # How each picture is scaled and cropped, and its captions varied.
-    subjects = ft.data.plan(examples, config.framing, config.captions, family, run.seed)
-    companions = ft.data.plan(beside, config.framing, config.captions, family, run.seed)
+    subjects = ft.data.plan(examples, config.framing, sides, family.multiple(), config.captions, run.seed)
+    companions = ft.data.plan(beside, config.framing, sides, family.multiple(), config.captions, run.seed)
 
     # What trains: two thin matrices beside each attention projection.
     groups = ft.adapters.lora(family, config.adapter, config.optim.lr, config.optim.text_encoder_lr, config.train.seed)
@@ -69,7 +69,7 @@ def main(config: Config) -> None:
         if run.leads and ft.due(step, config.train.save_every) and step < config.train.steps:
             ft.export.adapter(family, run.folder / f"adapter-{step:06d}.safetensors", settings=run.settings)
         if ft.due(step, config.samples.sample_every):
-            ft.preview(run, family, source, config.samples, prompts, side, step)
+            ft.preview(run, family, source, config.samples, prompts, max(sides), step)
 
     # Written, loaded back and compared with the live model before it counts as done.
     if run.leads:

@@ -8,6 +8,7 @@ user is told. Below them: `folder.py`, `metadata.py` and `library.py` find pictu
 from finetune.data.examples import Example, Item, pixels
 from finetune.data.geometry import Geometry
 from finetune.data.pictures import BadPicture, Facts
+from finetune.data.plan import plan
 from finetune.data.sources import held_out, read, read_files, read_plain, survey
 from finetune.data.summary import describe
 
@@ -20,6 +21,7 @@ __all__ = [
     "describe",
     "held_out",
     "pixels",
+    "plan",
     "read",
     "read_files",
     "read_plain",

@@ -7,26 +7,33 @@ the text encoders' weights. What has changed is computed again, and only that.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from finetune import home
 from finetune.data import cache
 from finetune.data.cache import Store
 from finetune.data.examples import Item, pixels
 from finetune.data.geometry import Geometry
 from finetune.data.masks import weights as mask_weights
+from finetune.data.pictures import reduction
 from finetune.errors import Fault
 from finetune.families import Conditions, Family, denoiser, modules, release, text_encoders
 from finetune.settings import Captions, Data
 
-Track = Callable[[Sequence[Any], str], Iterator[Any]]
-"""Goes through the items and shows how far it is."""
+
+class Track(Protocol):
+    """Goes through things and shows how far it is."""
+
+    def __call__(self, items: Iterable[Any], what: str, total: int) -> Iterator[Any]: ...
+
+
 WORKERS = 4
 """Threads that decode and scale pictures ahead of the VAE."""
 
@@ -87,7 +94,7 @@ def encode(
     companions: Sequence[Item],
     data: Data,
     captions: Captions,
-    track: Track = lambda items, _: iter(items),
+    track: Track = lambda items, what, total: iter(items),
     turn: Turn | None = None,
 ) -> Encodings:
     """Encode what the cache does not hold, then drop what is not needed any more from memory: the VAE, and the text
@@ -115,7 +122,7 @@ def stores(data: Data) -> tuple[Store, Store]:
     """Where pictures and texts are kept: on disk, or in memory without the cache."""
     if not data.use_cache:
         return cache.Memory(), cache.Memory()
-    folder = data.cache or cache.folder() / "encodings"
+    folder = data.cache or home.cache("encodings")
     return cache.Shards(folder / "pictures"), cache.Shards(folder / "texts")
 
 
@@ -183,21 +190,23 @@ def _build(
     track: Track,
     turn: Turn,
 ) -> int:
-    """Compute this process's share of what is missing, and wait for the others'."""
-    missing = [pair for pair in wanted if pair[0] not in store]
-    mine = missing[turn.rank :: turn.world]
-    shown = track(mine, what) if mine else iter(())
-    cache.build(store, shown, load, encode, WORKERS)
+    """Compute what is missing of this process's share, and wait for the others. The number of all that was missing."""
+    missing = sum(key not in store for key, _ in wanted)
+    turn.wait()  # before anyone adds to what the others are counting
+    mine = wanted[turn.rank :: turn.world]
+    if missing:
+        cache.build(store, mine, load, encode, WORKERS, lambda done: track(done, what, len(mine)))
     store.flush()
     turn.wait()
     store.refresh()
-    return len(missing)
+    return missing
 
 
 def _picture_key(item: Item, view: Geometry, vae: str) -> str:
     facts = item.example.facts
     assert facts is not None, "examples are made by `data.read`, which looks at each picture"
-    return cache.key("latents", facts.digest, view.crop, view.target, view.mirrored, vae)
+    reduced = reduction(facts, view.scaled)
+    return cache.key("latents", facts.digest, reduced, view.scaled, view.crop, view.target, view.mirrored, vae)
 
 
 def _mask_key(mask: Path, view: Geometry, size: tuple[int, int]) -> str:

@@ -65,9 +65,14 @@ class Item:
 def pixels(example: Example, view: Geometry, background: str = "white") -> Tensor:
     """What a view shows of the example's picture: (3, H, W) float32 in [-1, 1].
 
-    Raises BadPicture when the file cannot be read (any more).
+    A large JPEG is decoded at a part of its size where that loses nothing (`pictures.reduction`). Raises BadPicture
+    when the file cannot be read (any more).
     """
-    picture, _ = pictures.decode(example.path, background)
+    reduced = pictures.reduction(example.facts, view.scaled) if example.facts else 1
+    if reduced > 1:
+        picture = pictures.decode_reduced(example.path, reduced, background)
+    else:
+        picture, _ = pictures.decode(example.path, background)
     if view.mirrored:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return geometry.tensor(geometry.crop(picture, view))

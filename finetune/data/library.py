@@ -16,6 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from finetune import home
 from finetune.data import pictures
 from finetune.data.bare import bare
 from finetune.data.found import Found, Picture, Problem, listed, one_line
@@ -64,8 +65,7 @@ def find(data: Data, several: bool = True) -> Found:
 
 def kept() -> Path:
     """The folder of the pictures that came from data sets."""
-    root = Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune")
-    return root / "pictures"
+    return home.cache("pictures")
 
 
 def keep(raw: bytes, title: str) -> Path:

@@ -21,6 +21,7 @@ from typing import Any
 
 import PIL
 
+from finetune import home
 from finetune.data import looks, pictures
 from finetune.data.looks import Look
 from finetune.data.pictures import BadPicture
@@ -95,7 +96,7 @@ def _measures() -> str:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune") / "facts"
+    return home.cache("facts")
 
 
 def _open(path: Path, again: bool = True) -> sqlite3.Connection:

@@ -25,6 +25,7 @@ from typing import TypeAlias
 import PIL
 from PIL import features
 
+from finetune import home
 from finetune.data import pictures
 from finetune.data.pictures import BadPicture, Facts
 
@@ -138,7 +139,7 @@ def _readers() -> list[str]:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune") / "facts"
+    return home.cache("facts")
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def diffusion(pipeline: DiffusionPipeline) -> Diffusion:
 
 
 def unet_multiple(pipeline: Any) -> int:
-    """The VAE's factor times the UNet's: each of its levels but the last halves the sides. 64 for SD 1.5, 32 for SDXL."""
+    """The VAE's factor times the UNet's, each of whose levels but the last halves the sides: 64 for SD 1.x, 32 for XL."""
     return int(pipeline.vae_scale_factor) * 2 ** (len(pipeline.unet.config.down_block_types) - 1)
 
 

@@ -7,6 +7,7 @@ import json
 import tomllib
 from pathlib import Path
 
+import measured
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,10 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
-from finetune import cli, families, loop
+from finetune import cli, families
 from finetune.data import read_plain
-from finetune.data.encoding import encode
-from finetune.data.order import Order
 from finetune.families import Source
 from finetune.pictures import read_settings
 
@@ -54,10 +53,7 @@ def loss_on(pipeline: DiffusionPipeline, pictures: Path) -> float:
     """Loss of a pipeline on the training pictures, always with the same noise and timesteps."""
     family = families.wrap(pipeline)
     families.freeze(family)
-    data = encode(family, read_plain(pictures, PROMPT), [], 64, "white")
-    batch = loop.Batches(data, Order(3, 0, batch=30, seed=99), 1000, torch.device("cpu")).make(0, 0, 1)
-    with torch.no_grad():
-        return float(loop.PictureLoss(family, data.conditions, None)(batch).mean())
+    return measured.loss(family, measured.encoded(family, read_plain(pictures, PROMPT)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
