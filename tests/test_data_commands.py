@@ -57,6 +57,28 @@ def test_good_pictures_give_no_errors_and_a_recommendation(photos: Path, capsys:
     assert text.rstrip().endswith("Training would start.")
 
 
+def test_the_json_is_as_documented(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planted.truncated(photos)
+    planted.blurred(photos)
+    _, report, _ = checked(capsys, photos)
+    assert {*report} == {
+        "starts", "pictures", "captions", "concepts", "resolutions", "buckets", "findings", "recommendation"
+    }  # fmt: skip
+    for one in report["findings"]:
+        assert [*one] == ["severity", "code", "text", "files", "advice"]
+        assert one["severity"] in findings.SEVERITIES and one["code"] in findings.ADVICE and one["advice"]
+    assert {*report["recommendation"]} == {"steps", "repeats", "reason"}
+    assert report["concepts"] == {"all": 3} and report["resolutions"] == [64]
+
+
+def test_caption_files_that_a_table_leaves_unused_are_said(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"file_name": f"good{number}.png", "text": "a thing"}) for number in range(2)]
+    (photos / "metadata.jsonl").write_text("\n".join(lines))
+    status, report, text = checked(capsys, photos)
+    assert status == 0 and report["captions"] == 2
+    assert "2 other files, left alone: good0.png.txt, good1.png.txt" in text
+
+
 @pytest.mark.parametrize("row", MESSY, ids=lambda row: f"{row.number}-{row.code}")
 def test_each_row_is_found_alone(row: Row, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row.plant(photos)

@@ -51,7 +51,8 @@ class Config:
     folder: Positional[str | None] = None
     """The pictures: a folder, or hf:NAME. Default: what the TOML file of --config says."""
     json: bool = False
-    """Print the findings as JSON."""
+    """Print one JSON object: starts, pictures, captions, concepts, resolutions, buckets, findings (each with severity,
+    code, text, files, advice), recommendation."""
     pictures_a_step: int | None = None
     """How many pictures a step is going to take. Default: what the TOML file says, else 1."""
     data: Data = field(default_factory=Data)
