@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
+import measured
 import pytest
 import torch
 from accelerate import Accelerator
@@ -17,11 +19,11 @@ from torch.nn import functional as F
 from finetune import adapters, families, keys, loop
 from finetune.adapters import Group
 from finetune.data import read_plain
-from finetune.data.encoding import Encodings, encode
-from finetune.data.order import Order
+from finetune.data.cache import Memory, Store
+from finetune.data.encoding import Encodings
 from finetune.errors import Failure
 from finetune.families import Family, Source
-from finetune.settings import Adapter, Optim, Train
+from finetune.settings import Adapter, Loss, Optim, Train
 
 
 @pytest.fixture
@@ -42,13 +44,13 @@ def prepared(
     else:
         groups = adapters.full(family, 1e-3, rates.get("text"))
     companions = [] if prior is None else read_plain(pictures, "a photo of a dog", prior)
-    return family, groups, encode(family, read_plain(pictures, "a photo of sks dog"), companions, 64, "white")
+    return family, groups, measured.encoded(family, read_plain(pictures, "a photo of sks dog"), companions)
 
 
 def fit(family: Family, groups: list[Group], data: Encodings, **train: object) -> list[loop.Report]:
     AcceleratorState._reset_state()
     settings = Train(**{"steps": 3, "batch_size": 2, **train})  # type: ignore[arg-type]
-    return list(loop.fit(family, groups, data, settings, Optim(max_grad_norm=0), Accelerator(cpu=True)))
+    return list(loop.fit(family, groups, data, settings, Optim(max_grad_norm=0), Loss(), Accelerator(cpu=True)))
 
 
 def state(family: Family) -> dict[str, torch.Tensor]:
@@ -64,12 +66,11 @@ def test_the_dreambooth_loss_equals_the_reference(kind: str, tiny_models: dict[s
     """diffusers' train_dreambooth.py: chunk the batch, mse(instance) + prior_loss_weight * mse(prior)."""
     family, _, data = prepared(tiny_models[kind], pictures, prior=0.3)
     scheduler = DDPMScheduler.from_pretrained(tiny_models[kind], subfolder="scheduler")
-    batch = loop.Batches(data, Order(3, 3, batch=2, seed=7), 1000, torch.device("cpu")).make(0, 0, 1)
-    assert data.conditions is not None
+    (batch,) = measured.batches(data, 2, seed=7)
     with torch.no_grad():
-        ours = (batch.shares * loop.PictureLoss(family, data.conditions, None)(batch)).sum()
+        ours = (batch.shares * loop.PictureLoss(family, data, Loss())(batch)).sum()
         noised = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-        known = [data.conditions[caption] for caption in batch.captions]
+        known = [data.conditions(caption) for caption in batch.captions]
         conditions = {name: torch.cat([each[name] for each in known]) for name in known[0]}
         prediction = family.predict(noised, batch.timesteps, conditions, batch.sizes)
         v = kind == "sd-v"
@@ -98,7 +99,7 @@ def test_only_what_trains_changes(kind: str, method: str, tiny_models: dict[str,
 def test_the_text_encoders_train_where_a_rate_is_given(tiny_models: dict[str, Path], pictures: Path) -> None:
     family, groups, data = prepared(tiny_models["sdxl"], pictures, text=1e-3)
     assert [group.part for group in groups] == ["unet", "text_encoder", "text_encoder_2"]
-    assert data.conditions is None
+    assert data.texts is None
     before = state(family)
     fit(family, groups, data)
     changed = {name.split(".")[0] for name, value in state(family).items() if not torch.equal(before[name], value)}
@@ -109,7 +110,7 @@ def test_the_vae_and_the_text_encoder_are_out_of_memory(tiny_models: dict[str, P
     family = families.load(Source(str(tiny_models["sd"])))
     frozen = [weakref.ref(family.pipeline.vae), weakref.ref(family.pipeline.text_encoder)]
     groups = adapters.lora(family, Adapter(rank=4), 1e-2, None, 0)
-    data = encode(family, read_plain(pictures, "a dog"), [], 64, "white")
+    data = measured.encoded(family, read_plain(pictures, "a dog"))
     gc.collect()
     assert [ref() for ref in frozen] == [None, None]
     assert len(fit(family, groups, data)) == 3
@@ -144,10 +145,10 @@ def test_gradient_checkpointing_changes_no_number(tiny_models: dict[str, Path], 
 
 def test_min_snr_weighs_the_loss(tiny_models: dict[str, Path], pictures: Path) -> None:
     family, _, data = prepared(tiny_models["sd"], pictures)
-    batch = loop.Batches(data, Order(3, 0, batch=3, seed=0), 1000, torch.device("cpu")).make(0, 0, 1)
+    (batch,) = measured.batches(data, 3)
     with torch.no_grad():
-        plain = loop.PictureLoss(family, data.conditions, None)(batch)
-        weighed = loop.PictureLoss(family, data.conditions, 5.0)(batch)
+        plain = loop.PictureLoss(family, data, Loss())(batch)
+        weighed = loop.PictureLoss(family, data, Loss(min_snr_gamma=5.0))(batch)
     torch.testing.assert_close(weighed, plain * family.objective().min_snr(batch.timesteps, 5.0))
 
 
@@ -156,11 +157,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
 ) -> None:
     family, groups, data = prepared(tiny_models["sd"], pictures)
     before = state(family)
-    data.subjects[1].mean.fill_(float("nan"))
+    broken = replace(data, pictures=Nan(data.pictures))
     with pytest.raises(Failure, match="step 1: the loss is nan") as fault:
-        fit(family, groups, data, batch_size=3)
-    assert set(fault.value.details) == {"0.png", "1.png", "2.png"}
+        fit(family, groups, broken, batch_size=3)
+    assert set(fault.value.details) == {f'{number}.png: "a photo of sks dog"' for number in range(3)}
     assert all(torch.equal(value, before[name]) for name, value in state(family).items())
+
+
+class Nan(Memory):
+    """A store whose latents are broken."""
+
+    def __init__(self, whole: Store) -> None:
+        self.whole = whole
+
+    def get(self, key: str) -> dict[str, torch.Tensor]:
+        return {name: torch.full_like(value, float("nan")) for name, value in self.whole.get(key).items()}
 
 
 def test_noise_belongs_to_step_and_slot() -> None:
@@ -171,13 +182,9 @@ def test_noise_belongs_to_step_and_slot() -> None:
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
 def test_optimizers_lower_the_loss(name: str, tiny_models: dict[str, Path], pictures: Path) -> None:
     family, groups, data = prepared(tiny_models["sd"], pictures, "full")
-    batch = loop.Batches(data, Order(3, 0, batch=24, seed=99), 1000, torch.device("cpu")).make(0, 0, 1)
-    measure = loop.PictureLoss(family, data.conditions, None)
-    with torch.no_grad():
-        before = float(measure(batch).mean())
+    before = measured.loss(family, data)
     AcceleratorState._reset_state()
     settings = Optim(optimizer=name)  # type: ignore[arg-type]
-    for _ in loop.fit(family, groups, data, Train(steps=12, batch_size=3), settings, Accelerator(cpu=True)):
+    for _ in loop.fit(family, groups, data, Train(steps=12, batch_size=3), settings, Loss(), Accelerator(cpu=True)):
         pass
-    with torch.no_grad():
-        assert float(measure(batch).mean()) < 0.9 * before
+    assert measured.loss(family, data) < 0.9 * before
