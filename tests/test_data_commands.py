@@ -71,12 +71,11 @@ def test_the_json_is_as_documented(photos: Path, capsys: pytest.CaptureFixture[s
     assert report["concepts"] == {"all": 3} and report["resolutions"] == [64]
 
 
-def test_caption_files_that_a_table_leaves_unused_are_said(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [json.dumps({"file_name": f"good{number}.png", "text": "a thing"}) for number in range(2)]
-    (photos / "metadata.jsonl").write_text("\n".join(lines))
-    status, report, text = checked(capsys, photos)
-    assert status == 0 and report["captions"] == 2
-    assert "2 other files, left alone: good0.png.txt, good1.png.txt" in text
+def test_a_table_that_contradicts_caption_files_is_said(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "metadata.jsonl").write_text(json.dumps({"file_name": "good0.png", "text": "another thing"}))
+    status, report, _ = checked(capsys, photos)
+    assert status == 1
+    assert [one["files"] for one in report["findings"] if one["code"] == "caption-file"] == [["good0.png"]]
 
 
 @pytest.mark.parametrize("row", MESSY, ids=lambda row: f"{row.number}-{row.code}")

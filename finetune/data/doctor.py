@@ -200,8 +200,7 @@ def _unused(data: Data) -> list[Finding]:
             listing = folder.look(path)
         except Fault:
             continue
-        tabled = any(file.name in metadata.TABLES for file in listing.others)  # whose captions are those of the table
-        used = set() if tabled else set(folder.caption_files(listing.pictures, listing.captions).values())
+        used = set(folder.caption_files(listing.pictures, listing.captions).values())
         others = [file.name for file in (*listing.others, *listing.captions) if file not in used]
         others = [name for name in others if name not in metadata.TABLES]
         skipped = [file.name for file in listing.pictures if file.name in data.skip]
