@@ -78,6 +78,19 @@ def test_a_table_that_contradicts_caption_files_is_said(photos: Path, capsys: py
     assert [one["files"] for one in report["findings"] if one["code"] == "caption-file"] == [["good0.png"]]
 
 
+def test_folders_that_a_table_enters_are_not_said_to_be_left_out(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("used", "unused"):
+        (photos / name).mkdir()
+        planted.save(photos / name, "a.png", len(name), caption=None)
+    rows = [{"file_name": "used/a.png", "text": "a thing"}]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    status, report, text = checked(capsys, photos)
+    assert status == 0 and report["pictures"] == 3
+    assert "1 sub-folders, not entered: unused" in text
+
+
 @pytest.mark.parametrize("row", MESSY, ids=lambda row: f"{row.number}-{row.code}")
 def test_each_row_is_found_alone(row: Row, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row.plant(photos)

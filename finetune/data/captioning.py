@@ -54,7 +54,10 @@ def plan(path: Path, skip: Sequence[str] = (), overwrite: bool = False, backgrou
     if not chosen:
         raise Fault(folder.none_found(listing))
     if tables := [file.name for file in listing.others if file.name in metadata.TABLES]:
-        raise Fault(f"{printable(path)}: the captions are those of {tables[0]}; files beside it would not be read.")
+        raise Fault(
+            f"{printable(path)}: it has a {tables[0]}, and captions in files of their own would contradict it. Write "
+            "them there, or move the pictures that have none to a folder of their own."
+        )
     files = folder.caption_files(listing.pictures, listing.captions)
     shared = Counter(files.values())
     faults = [folder.unknown_skip(name, listing.names).text for name in skip if name not in listing.names]

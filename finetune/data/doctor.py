@@ -111,7 +111,7 @@ def examine(
     found += [*symptoms.copies(everyone, seen), *symptoms.blurred(everyone, seen), *symptoms.facts(everyone)]
     found += [*symptoms.sizes(framed, batch), *symptoms.batches(framed, batch)]
     found += [*symptoms.captions(examples, data, known.tokenizers), *symptoms.balance(examples, data)]
-    found += _unused(data)
+    found += _unused(data, everyone)
     return Report(
         ordered(found),
         pictures=len(everyone),
@@ -192,9 +192,10 @@ def _unknown(model: Model, framing: Framing) -> Finding:
     return finding("note", "unknown-model", text)
 
 
-def _unused(data: Data) -> list[Finding]:
+def _unused(data: Data, examples: Sequence[Example]) -> list[Finding]:
     """Files beside the pictures that are not trained on."""
     found = []
+    entered = {parent for one in examples for file in (one.path, one.mask or one.path) for parent in file.parents}
     for path in lenient.folders(data):
         try:
             listing = folder.look(path)
@@ -204,7 +205,7 @@ def _unused(data: Data) -> list[Finding]:
         others = [file.name for file in (*listing.others, *listing.captions) if file not in used]
         others = [name for name in others if name not in metadata.TABLES]
         skipped = [file.name for file in listing.pictures if file.name in data.skip]
-        inside = [file.name for file in listing.folders]
+        inside = [file.name for file in listing.folders if file not in entered]
         for what, files in (
             ("left out by --skip", skipped),
             ("other files, left alone", others),

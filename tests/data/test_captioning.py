@@ -178,7 +178,7 @@ def test_weights_that_cannot_be_trusted_are_refused(
 
 def test_captions_of_a_table_are_not_doubled(photos: Path) -> None:
     (photos / "metadata.jsonl").write_text("")
-    with pytest.raises(Fault, match=r"those of metadata\.jsonl"):
+    with pytest.raises(Fault, match=r"it has a metadata\.jsonl"):
         captioning.plan(photos)
 
 
