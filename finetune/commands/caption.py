@@ -33,7 +33,7 @@ class Config:
     skip: tuple[str, ...] = ()
     """File names to leave out."""
     overwrite: bool = False
-    """Write new captions over those that are there."""
+    """Write new captions over those that are there. If it is stopped, the next such run begins anew."""
     longest: int = 60
     """Tokens that the model writes at most. The text encoders of Stable Diffusion read 75."""
     background: str = "white"

@@ -60,6 +60,11 @@ class Report:
         """Whether training would start."""
         return not any(one.severity == "error" for one in self.findings)
 
+    @property
+    def warnings(self) -> list[str]:
+        """Lines for a run's summary: what training starts with to the result's disadvantage."""
+        return [one.text for one in self.findings if one.severity == "warning"]
+
 
 def check(data: Data, captions: settings.Captions | None = None, framing: Framing | None = None) -> list[Finding]:
     """All findings on a data set, in order of weight; see `examine`."""

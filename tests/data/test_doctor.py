@@ -29,7 +29,7 @@ def test_training_is_told_every_error_in_one_fault(tmp_path: Path) -> None:
     assert [line.partition(":")[0] for line in caught.value.details] == ["empty.jpg", "words.jpg", "tiny.png"]
     assert caught.value.status == 2 and "--skip" in caught.value.message
     report = doctor.require(Data(str(tmp_path), prompt="a thing", skip=("empty.jpg", "words.jpg", "tiny.png")))
-    assert report.starts and report.pictures == 2
+    assert report.starts and report.pictures == 2 and report.warnings == []
 
 
 def test_a_check_gives_the_findings_in_order(tmp_path: Path) -> None:
