@@ -12,20 +12,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from finetune import adapters, config, data, export, families, keys, objective, optim, priors, sampling
+    from finetune import adapters, config, data, export, families, keys, loop, objective, optim, priors, sampling
     from finetune.data.encoding import encode, release_frozen
     from finetune.errors import Failure, Fault
     from finetune.families import Source, load
-    from finetune.loop import fit
+    from finetune.loop import ask, fit
     from finetune.previews import preview
     from finetune.run import Run, due
 
-MODULES = ["adapters", "config", "data", "export", "families", "keys", "objective", "optim", "priors", "sampling"]
+MODULES = [
+    *("adapters", "config", "data", "export", "families", "keys", "loop", "objective", "optim", "priors", "sampling"),
+]
 HOME = {
     "Failure": "errors",
     "Fault": "errors",
     "Run": "run",
     "Source": "families",
+    "ask": "loop",
     "due": "run",
     "encode": "data.encoding",
     "fit": "loop",
@@ -41,6 +44,7 @@ __all__ = [
     "Run",
     "Source",
     "adapters",
+    "ask",
     "config",
     "data",
     "due",
@@ -50,6 +54,7 @@ __all__ = [
     "fit",
     "keys",
     "load",
+    "loop",
     "objective",
     "optim",
     "preview",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
@@ -61,7 +62,7 @@ def lora(family: Family, adapter: Adapter, lr: float, text_encoder_lr: float | N
 @contextmanager
 def off(family: Family) -> Iterator[None]:
     """Inside, the adapter does nothing: the model is the frozen base."""
-    adapted = [part for part in families.modules(family).values() if getattr(part, "peft_config", None)]
+    adapted: list[Any] = [part for part in families.modules(family).values() if getattr(part, "peft_config", None)]
     for part in adapted:
         part.disable_adapters()
     try:

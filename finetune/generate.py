@@ -12,7 +12,6 @@ from finetune.errors import Fault
 from finetune.settings import Model
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
 
     from finetune.families import Family
@@ -59,11 +58,11 @@ def main(config: Config) -> None:
     files = _files(config)
     facts = [_checked(path, scale) for path, scale in zip(config.adapter, _scales(config), strict=True)]
 
-    from finetune import families
+    from finetune import engine, families
     from finetune.pictures import grid, save_png
 
     source = families.Source(config.model.model, config.model.revision, config.model.model_config)
-    family = families.load(source, *_engine(config.precision))
+    family = families.load(source, engine.dtype(config.precision), engine.device())
     _attach(family, config)
     settings = {
         "negative": config.negative or None,
@@ -128,17 +127,6 @@ def _checked(path: Path, scale: float) -> dict[str, Any]:
     weights.load_tensors(path)
     with path.open("rb") as file:
         return {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest(), "scale": scale}
-
-
-def _engine(precision: str) -> tuple[torch.dtype, str]:
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
-    if precision == "fp16" and device == "cpu":
-        raise Fault("--precision fp16 needs a GPU: take bf16 or fp32 on a CPU.")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision], device
 
 
 def _require_sense(config: Config) -> None:

@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune import config as configuration
-from finetune import data, families, optim
+from finetune import data, engine, families, optim
 from finetune.adapters import Group
 from finetune.data import Item
 from finetune.data.encoding import Turn
@@ -39,7 +39,6 @@ from finetune.settings import Optim, Output, Train
 
 Piece = TypeVar("Piece")
 LOGS = "logs"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Run:
@@ -71,6 +70,11 @@ class Run:
         return self.train.seed
 
     @property
+    def batch(self) -> int:
+        """Subject pictures a step, over all passes and processes."""
+        return self.train.batch_size * self.train.accumulation * self.accelerator.num_processes
+
+    @property
     def turn(self) -> Turn:
         """This process's share of the encoding."""
         accelerator = self.accelerator
@@ -83,10 +87,15 @@ class Run:
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the weights that do not train."""
-        return DTYPES[self.train.precision]
+        return engine.DTYPES[self.train.precision]
 
     def begin(
-        self, family: Family, groups: Sequence[Group], subjects: Sequence[Item], companions: Sequence[Item]
+        self,
+        family: Family,
+        groups: Sequence[Group],
+        subjects: Sequence[Item],
+        companions: Sequence[Item],
+        warnings: Sequence[str] = (),
     ) -> None:
         """Make the folder, keep the settings in it, and say what is going to happen."""
         if self.leads:
@@ -95,6 +104,12 @@ class Run:
         if self.tracker != "none":
             self.accelerator.init_trackers(LOGS)
         self.console.print(self._summary(family, groups, subjects, companions))
+        for warning in warnings:
+            self.console.print(Text(f"warning: {warning}", style="yellow", overflow="fold"))
+
+    def say(self, text: str) -> None:
+        """A line for the user, once whatever the number of processes."""
+        self.console.print(Text(text, overflow="fold"))
 
     def track(self, items: Iterable[Piece], what: str, total: int) -> Iterator[Piece]:
         """Go through `items` and show how far it is."""
@@ -139,7 +154,6 @@ class Run:
         self, family: Family, groups: Sequence[Group], subjects: Sequence[Item], companions: Sequence[Item]
     ) -> Table:
         train, table = self.train, Table.grid(padding=(0, 2))
-        batch = train.batch_size * train.accumulation * self.accelerator.num_processes
         epoch = sum(item.example.repeats for item in subjects)
         rows = {
             "model": f"{family.title}, predicts {family.objective().prediction}",
@@ -149,9 +163,9 @@ class Run:
                 for name, part in families.modules(family).items()
                 if not all(p.requires_grad for p in part.parameters())
             ),
-            "pictures": "\n".join(data.describe(subjects)),
+            "pictures": "\n".join(data.describe(subjects, families.tokenizers(family))),
             "class pictures": _beside(companions),
-            "steps": f"{train.steps} of {batch} pictures: {train.steps * batch / epoch:.1f} epochs",
+            "steps": f"{train.steps} of {self.batch} pictures: {train.steps * self.batch / epoch:.1f} epochs",
             "with": f"{optim.resolve(self.optim.optimizer, self.device)}, {train.precision}, {self.device}, "
             f"{self.accelerator.num_processes} process(es), seed {train.seed}",
             "output": str(self.folder.absolute()),
@@ -180,8 +194,7 @@ def _require_sense(train: Train) -> None:
     for name in ("steps", "batch_size", "accumulation"):
         if getattr(train, name) < 1:
             raise Fault(f"--{name.replace('_', '-')} {getattr(train, name)}: at least 1.")
-    if train.precision == "fp16" and not torch.cuda.is_available():
-        raise Fault("--precision fp16 needs a GPU: take bf16 or fp32 on a CPU.")
+    engine.dtype(train.precision)
 
 
 def _beside(companions: Sequence[Item]) -> str:

@@ -128,7 +128,7 @@ class Framing:
     buckets: bool = True
     """Train each picture near its own aspect ratio. --no-buckets crops all to squares."""
     max_upscale: float = 2.0
-    """Enlarge a picture at most so far. Smaller ones are trained at a smaller size, down to half the side, or refused."""
+    """Enlarge a picture at most so far. Smaller ones are trained at less than full size, down to half the side."""
     min_kept: float = 0.5
     """Refuse pictures of which less than this share would be trained."""
     crop: Literal["centre", "random", "focus"] = "centre"

@@ -31,6 +31,7 @@ class Config:
 def main(config: Config) -> None:
     # What can be refused is refused before a model is loaded.
     run = ft.Run(config, config.output, config.train, config.optim)
+    report = ft.data.require(config.data, config.captions, config.framing, config.model, run.batch, run.seed)
     examples, _ = ft.data.read(config.data, config.captions, run.seed)
     ft.priors.check(config.prior, config.data, examples)
     ft.loop.require_no_base(config.loss)
@@ -48,10 +49,11 @@ def main(config: Config) -> None:
 
     # What trains: every weight of the denoiser, and of the text encoders where a rate is given for them.
     groups = ft.adapters.full(family, config.optim.lr, config.optim.text_encoder_lr)
-    run.begin(family, groups, subjects, companions)
+    run.begin(family, groups, subjects, companions, report.warnings)
 
     # Latents and conditions, computed once. The VAE then leaves the memory, and the text encoders unless they train.
     encodings = ft.encode(family, subjects, companions, config.data, config.captions, run.track, run.turn)
+    run.say(encodings.said())
     encodings = ft.ask(family, encodings, run.seed, run.accelerator)
 
     def save(name: str) -> str:

@@ -44,6 +44,7 @@ class Config:
 def main(config: Config) -> None:
     # What can be refused is refused before a model is loaded.
     run = ft.Run(config, config.output, config.train, config.optim)
+    report = ft.data.require(config.data, config.captions, config.framing, config.model, run.batch, run.seed)
     examples, _ = ft.data.read(config.data, config.captions, run.seed)
     ft.priors.check(config.prior, config.data, examples)
 
@@ -59,10 +60,11 @@ def main(config: Config) -> None:
 
     # What trains: two thin matrices beside each attention projection.
     groups = ft.adapters.lora(family, config.adapter, config.optim.lr, config.optim.text_encoder_lr, config.train.seed)
-    run.begin(family, groups, subjects, companions)
+    run.begin(family, groups, subjects, companions, report.warnings)
 
     # Latents and conditions, computed once. The VAE then leaves the memory, and the text encoders unless they train.
     encodings = ft.encode(family, subjects, companions, config.data, config.captions, run.track, run.turn)
+    run.say(encodings.said())
 
     prompts = config.samples.sample_prompts or (examples[0].captions[0],)
     for step in run.steps(ft.fit(family, groups, encodings, config.train, config.optim, config.loss, run.accelerator)):

@@ -61,7 +61,9 @@ def main(config: Config) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    from finetune import engine
+
+    device = torch.device(engine.device())
     half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     captioner = captioning.Captioner.load(
         config.captioner,

@@ -21,15 +21,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from tyro.conf import Positional, Suppress
-
+from finetune.commands.reading import RunReading
 from finetune.errors import FAILED, Fault
-from finetune.settings import Adapter, Captions, Data, Framing, Loss, Model, Optim, Output, Prior, Samples, Train
 
 if TYPE_CHECKING:
     from finetune.data.doctor import Report
@@ -42,35 +39,21 @@ HEADS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunReading):
     """Look a data set over: every problem at once, in order of weight. Changes no file.
 
     Exit status: 0 when training would start, 1 when not.
     """
 
-    folder: Positional[str | None] = None
-    """The pictures: a folder, or hf:NAME. Default: what the TOML file of --config says."""
     json: bool = False
     """Print one JSON object: starts, pictures, captions, concepts, resolutions, buckets, findings (each with severity,
     code, text, files, advice), recommendation."""
     pictures_a_step: int | None = None
     """How many pictures a step is going to take. Default: what the TOML file says, else 1."""
-    data: Data = field(default_factory=Data)
-    captions: Captions = field(default_factory=Captions)
-    framing: Framing = field(default_factory=Framing)
-    model: Model = field(default_factory=Model)
-    train: Annotated[Train, Suppress] = field(default_factory=Train)
-    # Tables of a training's TOML file that say nothing about the data
-    prior: Annotated[Prior, Suppress] = field(default_factory=Prior)
-    adapter: Annotated[Adapter, Suppress] = field(default_factory=Adapter)
-    optim: Annotated[Optim, Suppress] = field(default_factory=Optim)
-    loss: Annotated[Loss, Suppress] = field(default_factory=Loss)
-    samples: Annotated[Samples, Suppress] = field(default_factory=Samples)
-    output: Annotated[Output, Suppress] = field(default_factory=lambda: Output(Path("run")))
 
 
 def main(config: Config) -> None:
-    data = chosen(config.folder, config.data)
+    data = config.chosen()
     if config.pictures_a_step is not None and config.pictures_a_step < 1:
         raise Fault(f"--pictures-a-step {config.pictures_a_step}: at least 1.")
 
@@ -92,15 +75,6 @@ def main(config: Config) -> None:
     print(json.dumps(_plain(report), indent=2) if config.json else "\n".join(_text(report)))
     if not report.starts:
         sys.exit(FAILED)
-
-
-def chosen(folder: str | None, data: Data) -> Data:
-    """The data that the positional FOLDER or the settings name. Raises Fault for both, and for none."""
-    if folder is not None and (data.data is not None or data.concepts):
-        raise Fault(f"{folder}: the settings name data too. Give the one or the other.")
-    if folder is None and data.data is None and not data.concepts:
-        raise Fault("which data? Give a folder of pictures, hf:NAME, or a TOML file that names them: --config FILE.")
-    return data if folder is None else replace(data, data=folder)
 
 
 def _plain(report: Report) -> dict[str, Any]:

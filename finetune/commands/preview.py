@@ -6,15 +6,13 @@ What cannot be trained is on the sheet too, framed in red; the exit status is th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from tyro.conf import Positional, Suppress
-
-from finetune.commands.check import chosen
+from finetune.commands.reading import Reading
 from finetune.errors import Failure, Fault
-from finetune.settings import Adapter, Captions, Data, Framing, Loss, Model, Optim, Prior, Samples, Train
+from finetune.settings import Data, Framing, Model
 
 if TYPE_CHECKING:
     from finetune.data.found import Problem
@@ -26,32 +24,19 @@ MULTIPLE = 64
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Reading):
     """Draw a contact sheet: each picture with its crop, its training size and its caption."""
 
-    folder: Positional[str | None] = None
-    """The pictures: a folder, or hf:NAME. Default: what the TOML file of --config says."""
     output: Path = Path("sheet.png")
     """PNG file to write. Further pages get -2, -3, ... before the ending."""
     pages: int = 20
     """Draw at most so many pages; 0: all. Pictures that cannot be trained come first."""
     overwrite: bool = False
     """Write over a sheet that is there already."""
-    data: Data = field(default_factory=Data)
-    captions: Captions = field(default_factory=Captions)
-    framing: Framing = field(default_factory=Framing)
-    model: Model = field(default_factory=Model)
-    train: Annotated[Train, Suppress] = field(default_factory=Train)
-    # Tables of a training's TOML file that say nothing about the pictures
-    prior: Annotated[Prior, Suppress] = field(default_factory=Prior)
-    adapter: Annotated[Adapter, Suppress] = field(default_factory=Adapter)
-    optim: Annotated[Optim, Suppress] = field(default_factory=Optim)
-    loss: Annotated[Loss, Suppress] = field(default_factory=Loss)
-    samples: Annotated[Samples, Suppress] = field(default_factory=Samples)
 
 
 def main(config: Config) -> None:
-    data = chosen(config.folder, config.data)
+    data = config.chosen()
     if config.pages < 0:
         raise Fault(f"--pages {config.pages}: a number of pages; 0 draws all.")
 

@@ -5,6 +5,7 @@ each picture is scaled, cropped and captioned; `pixels` (examples.py) makes what
 user is told. Below them: `folder.py`, `metadata.py` and `library.py` find pictures, `pictures.py` decodes one.
 """
 
+from finetune.data.doctor import require
 from finetune.data.examples import Example, Item, pixels
 from finetune.data.geometry import Geometry
 from finetune.data.pictures import BadPicture, Facts
@@ -25,5 +26,6 @@ __all__ = [
     "read",
     "read_files",
     "read_plain",
+    "require",
     "survey",
 ]

@@ -7,6 +7,7 @@ the text encoders' weights. What has changed is computed again, and only that.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,7 +25,7 @@ from finetune.data.geometry import Geometry
 from finetune.data.masks import weights as mask_weights
 from finetune.data.pictures import reduction
 from finetune.errors import Fault
-from finetune.families import Conditions, Family, denoiser, modules, release, text_encoders
+from finetune.families import Conditions, Family, denoiser, modules, release, text_encoders, tokenizers
 from finetune.settings import Captions, Data
 
 
@@ -67,8 +68,12 @@ class Encodings:
     """What the frozen base predicted at the fixed draws of each lesson, each (C, H/f, W/f)"""
     factor: int = 8
     """f: side of a picture over side of its latents"""
-    built: dict[str, int] = field(default_factory=dict, compare=False)
-    """Number of entries that had to be computed, by kind; the rest was there."""
+    built: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False)
+    """By kind, the number of entries that had to be computed, and of all that are needed."""
+
+    def said(self) -> str:
+        """What had to be computed, and what was there from an earlier run."""
+        return "computed: " + ", ".join(f"{new} of {all_} {what}" for what, (new, all_) in self.built.items() if all_)
 
     def latents(self, item: Item, view: Geometry) -> tuple[Tensor, Tensor]:
         """Mean and std of a view's latents, each (C, H/f, W/f) float32. A step's are mean + std * noise."""
@@ -126,7 +131,7 @@ def stores(data: Data) -> tuple[Store, Store]:
     return cache.Shards(folder / "pictures"), cache.Shards(folder / "texts")
 
 
-def encode_texts(family: Family, captions: Sequence[str], store: Store, track: Track, turn: Turn) -> int:
+def encode_texts(family: Family, captions: Sequence[str], store: Store, track: Track, turn: Turn) -> tuple[int, int]:
     """Each caption's conditions, one at a time: equal whatever stands beside it. The number that had to be computed."""
     encoders = _encoders_fingerprint(family)
 
@@ -147,7 +152,7 @@ def release_frozen(family: Family) -> None:
 
 def _encode_pictures(
     family: Family, items: Sequence[Item], store: Store, vae: str, background: str, track: Track, turn: Turn
-) -> int:
+) -> tuple[int, int]:
     wanted = {_picture_key(item, view, vae): (item, view) for item in items for view in item.views}
 
     def load(job: tuple[Item, Geometry]) -> tuple[Item, Tensor]:
@@ -167,7 +172,7 @@ def _encode_pictures(
     return _build(store, list(wanted.items()), load, latents, "encode pictures", track, turn)
 
 
-def _encode_masks(items: Sequence[Item], store: Store, factor: int, track: Track, turn: Turn) -> int:
+def _encode_masks(items: Sequence[Item], store: Store, factor: int, track: Track, turn: Turn) -> tuple[int, int]:
     masked = [(item, view) for item in items if item.example.mask for view in item.views]
     wanted: dict[str, tuple[Item, Geometry]] = {}
     for item, view in masked:
@@ -189,8 +194,8 @@ def _build(
     what: str,
     track: Track,
     turn: Turn,
-) -> int:
-    """Compute what is missing of this process's share, and wait for the others. The number of all that was missing."""
+) -> tuple[int, int]:
+    """Compute what is missing of this process's share, and wait for the others. What was missing, and all there is."""
     missing = sum(key not in store for key, _ in wanted)
     turn.wait()  # before anyone adds to what the others are counting
     mine = wanted[turn.rank :: turn.world]
@@ -199,7 +204,7 @@ def _build(
     store.flush()
     turn.wait()
     store.refresh()
-    return missing
+    return missing, len(wanted)
 
 
 def _picture_key(item: Item, view: Geometry, vae: str) -> str:
@@ -234,9 +239,7 @@ def _vae_fingerprint(family: Family) -> str:
 
 
 def _encoders_fingerprint(family: Family) -> str:
-    parts: list[str] = []
-    for name, encoder in text_encoders(family).items():
-        tokenizer: Any = getattr(family.pipeline, name.replace("text_encoder", "tokenizer"))
-        words = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer)
-        parts.append(cache.fingerprint(encoder, words))
-    return cache.key(*parts)
+    """A tokenizer also tells how it was last called (padding, truncation), which is no part of what it is."""
+    told = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in tokenizers(family)]
+    words = [{name: part for name, part in one.items() if name not in ("padding", "truncation")} for one in told]
+    return cache.key([cache.fingerprint(encoder) for encoder in text_encoders(family).values()], words)

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from finetune.errors import Fault
-from finetune.families.base import Conditions, Family, denoiser, freeze, modules, text_encoders
+from finetune.families.base import Conditions, Family, denoiser, freeze, modules, text_encoders, tokenizers
 from finetune.families.sd import StableDiffusion
 from finetune.families.sdxl import StableDiffusionXL
 from finetune.families.source import Source
@@ -28,6 +28,7 @@ __all__ = [
     "release",
     "restore",
     "text_encoders",
+    "tokenizers",
     "wrap",
 ]
 

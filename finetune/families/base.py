@@ -76,6 +76,11 @@ def text_encoders(family: Family) -> dict[str, nn.Module]:
     return {name: module for name, module in held.items() if module is not None}
 
 
+def tokenizers(family: Family) -> list[Any]:
+    """The tokenizers of the text encoders, in their order."""
+    return [getattr(family.pipeline, name.replace("text_encoder", "tokenizer")) for name in family.text_encoder_names]
+
+
 def modules(family: Family) -> dict[str, nn.Module]:
     """Every weight-bearing part that the pipeline holds at the moment, by name."""
     return {name: part for name, part in family.pipeline.components.items() if isinstance(part, nn.Module)}
@@ -94,7 +99,7 @@ def diffusion(pipeline: DiffusionPipeline) -> Diffusion:
 
 
 def unet_multiple(pipeline: Any) -> int:
-    """The VAE's factor times the UNet's, each of whose levels but the last halves the sides: 64 for SD 1.x, 32 for XL."""
+    """The VAE's factor times the UNet's, of whose levels all but the last halve the sides: 64 for SD 1.x, 32 for XL."""
     return int(pipeline.vae_scale_factor) * 2 ** (len(pipeline.unet.config.down_block_types) - 1)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
-from finetune import cli, families
+from finetune import cli, families, loop
 from finetune.data import read_plain
 from finetune.families import Source
 from finetune.pictures import read_settings

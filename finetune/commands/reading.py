@@ -1,0 +1,45 @@
+"""What the commands on data read: a folder, or any training's TOML file with all of its tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, Suppress
+
+from finetune.errors import Fault
+from finetune.settings import Adapter, Captions, Data, Framing, Loss, Model, Optim, Output, Prior, Samples, Train
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The settings of a training that decide what is made of its pictures; its other tables are taken and ignored."""
+
+    folder: Positional[str | None] = None
+    """The pictures: a folder, or hf:NAME. Default: what the TOML file of --config says."""
+    data: Data = field(default_factory=Data)
+    captions: Captions = field(default_factory=Captions)
+    framing: Framing = field(default_factory=Framing)
+    model: Model = field(default_factory=Model)
+    train: Annotated[Train, Suppress] = field(default_factory=Train)
+    prior: Annotated[Prior, Suppress] = field(default_factory=Prior)
+    adapter: Annotated[Adapter, Suppress] = field(default_factory=Adapter)
+    optim: Annotated[Optim, Suppress] = field(default_factory=Optim)
+    loss: Annotated[Loss, Suppress] = field(default_factory=Loss)
+    samples: Annotated[Samples, Suppress] = field(default_factory=Samples)
+
+    def chosen(self) -> Data:
+        """The data that the positional FOLDER or the settings name. Raises Fault for both, and for none."""
+        if self.folder is not None and (self.data.data is not None or self.data.concepts):
+            raise Fault(f"{self.folder}: the settings name data too. Give the one or the other.")
+        if self.folder is None and self.data.data is None and not self.data.concepts:
+            raise Fault("which data? Give a folder of pictures, hf:NAME, or a TOML file that names it: --config FILE.")
+        return self.data if self.folder is None else replace(self.data, data=self.folder)
+
+
+@dataclass(frozen=True)
+class RunReading(Reading):
+    """The same for commands that write nothing: a run's own `settings.toml` names an output, too."""
+
+    output: Annotated[Output, Suppress] = field(default_factory=lambda: Output(Path("run")))
