@@ -12,11 +12,12 @@ from dataclasses import replace
 from itertools import cycle, islice
 
 from finetune import class_pictures, data
-from finetune.data import Example
+from finetune.data import Example, concepts
+from finetune.data.concepts import Part
 from finetune.data.encoding import Track
 from finetune.errors import Fault
 from finetune.families import Family, Source
-from finetune.settings import Concept, Data, Prior
+from finetune.settings import Data, Prior
 
 
 def check(settings: Prior, read: Data, subjects: Sequence[Example]) -> None:
@@ -82,21 +83,19 @@ def class_prompt(caption: str, trigger: str, word: str) -> str:
     return re.sub(r"(^|,)\s*,", r"\1", " ".join(said.split())).strip(" ,")
 
 
-def _concepts(settings: Prior, read: Data) -> list[Concept]:
-    """The run's concepts; what one leaves out is the run's own."""
-    alone = Concept(data=read.data or "", trigger=read.trigger)
+def _concepts(settings: Prior, read: Data) -> list[Part]:
+    """The run's concepts; the class that one does not name is the run's own."""
     return [
         replace(
-            concept,
-            trigger=concept.trigger or read.trigger,
-            class_prompt=concept.class_prompt or settings.class_prompt,
-            class_data=concept.class_data or settings.class_data,
+            part,
+            class_prompt=part.class_prompt or settings.class_prompt,
+            class_data=part.class_data or settings.class_data,
         )
-        for concept in (read.concepts or (alone,))
+        for part in concepts.parts(read)
     ]
 
 
-def _class_prompts(settings: Prior, concept: Concept, own: Sequence[Example]) -> tuple[str, ...]:
+def _class_prompts(settings: Prior, concept: Part, own: Sequence[Example]) -> tuple[str, ...]:
     """The class prompts of a concept, one or more, as they are given or as they follow from the captions."""
     if concept.class_prompt:
         return concept.class_prompt
@@ -109,20 +108,20 @@ def _class_prompts(settings: Prior, concept: Concept, own: Sequence[Example]) ->
     return tuple(dict.fromkeys(_derived(settings, concept, caption) for one in own for caption in one.captions))
 
 
-def _derived(settings: Prior, concept: Concept, caption: str) -> str:
-    word = settings.class_word or ""
-    if not concept.trigger:
+def _derived(settings: Prior, concept: Part, caption: str) -> str:
+    word, trigger = settings.class_word or "", concept.data.trigger
+    if not trigger:
         raise Fault("--class-word: replaces the trigger in the captions: name it with --trigger, e.g. --trigger sks.")
-    made = class_prompt(caption, concept.trigger, word)
+    made = class_prompt(caption, trigger, word)
     if made == caption:
         raise Fault(
-            f'--class-word {word}: the caption "{caption}" does not hold the trigger {concept.trigger}, so no class '
+            f'--class-word {word}: the caption "{caption}" does not hold the trigger {trigger}, so no class '
             "prompt follows from it. Give --class-prompt, or put the trigger into the caption."
         )
     return made
 
 
-def _taught(settings: Prior, concept: Concept, own: Sequence[Example]) -> list[Example]:
+def _taught(settings: Prior, concept: Part, own: Sequence[Example]) -> list[Example]:
     """The subject's pictures under the class prompts."""
     given = concept.class_prompt
     return [

@@ -30,7 +30,7 @@ from rich.text import Text
 from finetune import config as configuration
 from finetune import data, engine, families, optim
 from finetune.adapters import Group
-from finetune.data import Item
+from finetune.data import Item, concepts
 from finetune.data.encoding import Turn
 from finetune.errors import Fault
 from finetune.families import Family
@@ -146,6 +146,11 @@ class Run:
         """Where no bar can move (a log file): the first estimate after five steps, then every tenth of the way."""
         return step == 5 or step % max(1, self.train.steps // 10) == 0
 
+    @property
+    def _concepts(self) -> list[str]:
+        """What the concepts are called."""
+        return [concepts.called(part) for part in concepts.parts(self.config.data)]
+
     def _progress(self, *extra: str) -> Progress:
         columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()]
         return Progress(*columns, TimeRemainingColumn(), *map(TextColumn, extra), console=self.console)
@@ -163,7 +168,7 @@ class Run:
                 for name, part in families.modules(family).items()
                 if not all(p.requires_grad for p in part.parameters())
             ),
-            "pictures": "\n".join(data.describe(subjects, families.tokenizers(family))),
+            "pictures": "\n".join(data.describe(subjects, families.tokenizers(family), self._concepts)),
             "class pictures": _beside(companions),
             "steps": f"{train.steps} of {self.batch} pictures: {train.steps * self.batch / epoch:.1f} epochs",
             "with": f"{optim.resolve(self.optim.optimizer, self.device)}, {train.precision}, {self.device}, "

@@ -61,7 +61,7 @@ def main(config: Config) -> None:
         ft.export.merged(family, run.folder / name, dtype=run.dtype)
         return str(run.folder / name)
 
-    prompts = config.samples.sample_prompts or (examples[0].captions[0],)
+    prompts = config.samples.sample_prompts or ft.data.prompts(examples)
     for step in run.steps(ft.fit(family, groups, encodings, config.train, config.optim, config.loss, run.accelerator)):
         if run.leads and ft.due(step, config.train.save_every) and step < config.train.steps:
             save(f"model-{step:06d}")

@@ -66,7 +66,7 @@ def main(config: Config) -> None:
     encodings = ft.encode(family, subjects, companions, config.data, config.captions, run.track, run.turn)
     run.say(encodings.said())
 
-    prompts = config.samples.sample_prompts or (examples[0].captions[0],)
+    prompts = config.samples.sample_prompts or ft.data.prompts(examples)
     for step in run.steps(ft.fit(family, groups, encodings, config.train, config.optim, config.loss, run.accelerator)):
         if run.leads and ft.due(step, config.train.save_every) and step < config.train.steps:
             ft.export.adapter(family, run.folder / f"adapter-{step:06d}.safetensors", settings=run.settings)

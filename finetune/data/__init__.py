@@ -11,7 +11,7 @@ from finetune.data.geometry import Geometry
 from finetune.data.pictures import BadPicture, Facts
 from finetune.data.plan import plan
 from finetune.data.sources import held_out, read, read_files, read_plain, survey
-from finetune.data.summary import describe
+from finetune.data.summary import describe, prompts
 
 __all__ = [
     "BadPicture",
@@ -23,6 +23,7 @@ __all__ = [
     "held_out",
     "pixels",
     "plan",
+    "prompts",
     "read",
     "read_files",
     "read_plain",

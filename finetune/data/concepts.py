@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data import captions
+from finetune.data.pictures import printable
 from finetune.errors import Fault
 from finetune.settings import Concept, Data
 
@@ -38,6 +39,11 @@ def parts(data: Data) -> list[Part]:
             raise Fault("no pictures to learn: give --data FOLDER (or hf:NAME), or [[concepts]] tables in a TOML file.")
         return [Part(0, "", data)]
     return [_part(number, concept, data) for number, concept in enumerate(data.concepts)]
+
+
+def called(part: Part) -> str:
+    """What the user calls a concept: its trigger, or its folder; "all" where it is the only one."""
+    return printable(part.data.trigger or (part.data.data if part.title else None) or "all")
 
 
 def check(part: Part) -> list[str]:

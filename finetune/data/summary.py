@@ -14,16 +14,19 @@ from finetune.data.pictures import Facts, printable
 from finetune.errors import Fault
 
 
-def describe(given: Sequence[Example] | Sequence[Item], tokenizers: Iterable[Any] = ()) -> list[str]:
+def describe(
+    given: Sequence[Example] | Sequence[Item], tokenizers: Iterable[Any] = (), titles: Sequence[str] = ()
+) -> list[str]:
     """Lines for the run's summary. What was done to the pictures is counted, and the files concerned are named.
 
     Of items, also how they are scaled and cropped; with the model's tokenizers, also what of their captions is cut off.
+    `titles`: what the concepts are called.
     """
     items = [one for one in given if isinstance(one, Item)]
     every = [one.example if isinstance(one, Item) else one for one in given]
     examples = list({(one.concept, one.path, one.name): one for one in every}.values())
     found = {one: one.facts or pictures.decode(one.path)[1] for one in examples}
-    lines = [_sizes(list(found.values())) + _views(items), *_concepts(examples)]
+    lines = [_sizes(list(found.values())) + _views(items), *_concepts(examples, titles)]
     lines += frames.describe([Framed(one.example, {number: one.views}) for number, one in enumerate(items)])
     lines += _named("turned upright by their EXIF data", [one for one, facts in found.items() if facts.turned])
     see_through = [one for one, facts in found.items() if facts.transparent and one.mask != one.path]
@@ -33,6 +36,17 @@ def describe(given: Sequence[Example] | Sequence[Item], tokenizers: Iterable[Any
     lines += _left_alone(examples)
     lines += [f"{_name(one)}: {note}" for one, facts in found.items() for note in facts.notes]
     return lines
+
+
+def prompts(examples: Sequence[Example]) -> tuple[str, ...]:
+    """A caption of each concept, to draw samples with."""
+    first = {one.concept: one.captions[0] for one in reversed(examples)}
+    return tuple(first[number] for number in numbers(examples))
+
+
+def numbers(examples: Sequence[Example]) -> list[int]:
+    """The concepts that the examples belong to."""
+    return sorted({one.concept for one in examples})
 
 
 def cut_off(examples: Sequence[Example], tokenizers: Iterable[Any], most: int = 6) -> list[str]:
@@ -65,16 +79,16 @@ def _views(items: Sequence[Item]) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-def _concepts(examples: Sequence[Example]) -> list[str]:
+def _concepts(examples: Sequence[Example], titles: Sequence[str]) -> list[str]:
     """The concepts' pictures, where there are several; pictures that an epoch sees more than once."""
-    numbers = sorted({one.concept for one in examples})
-    parts = []
-    for number in numbers:
+    known, parts = numbers(examples), []
+    for number in known:
         own = [one for one in examples if one.concept == number]
         seen = sum(one.repeats for one in own)
-        parts.append(f"{number + 1}: {len(own)}" + (f", {seen} an epoch" if seen != len(own) else ""))
-    if len(numbers) > 1:
-        return [f"{len(numbers)} concepts, {'; '.join(parts)}"]
+        called = titles[number] if titles else str(number + 1)
+        parts.append(f"{called}: {len(own)}" + (f", {seen} an epoch" if seen != len(own) else ""))
+    if len(known) > 1:
+        return [f"{len(known)} concepts: {'; '.join(parts)}"]
     return [f"repeated: {seen} an epoch"] if (seen := sum(one.repeats for one in examples)) != len(examples) else []
 
 

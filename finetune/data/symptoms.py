@@ -200,9 +200,7 @@ def epoch(examples: Iterable[Example]) -> dict[int, int]:
 
 
 def title(data: Data, number: int) -> str:
-    """What the user calls a concept: its trigger, or its folder."""
-    part = concepts.parts(data)[number]
-    return printable(part.data.trigger or (part.data.data if part.title else None) or "all")
+    return concepts.called(concepts.parts(data)[number])
 
 
 def batches(framed: Sequence[Framed], batch: int) -> Iterator[Finding]:

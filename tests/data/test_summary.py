@@ -66,7 +66,7 @@ def test_concepts_are_counted(tmp_path: Path) -> None:
         for number in range(count):
             Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number}.png")
     given = Data(prompt="p", concepts=(Concept(str(tmp_path / "one")), Concept(str(tmp_path / "two"), repeats=4)))
-    assert data.describe(data.read(given)[0])[1] == "2 concepts, 1: 2; 2: 1, 4 an epoch"
+    assert data.describe(data.read(given)[0])[1] == "2 concepts: 1: 2; 2: 1, 4 an epoch"
 
 
 def test_row_20_the_text_that_is_cut_off_is_shown(tmp_path: Path) -> None:
