@@ -60,9 +60,9 @@ def main(config: Config) -> None:
     before = draw(family, prompts, config.seed)
 
     words = ["--config", SETTINGS, "--data", str(folder / "pictures"), "--output", str(run)]
-    words += ["--prompt", PROMPT, "--class-prompt", CLASS_PROMPT, "--seed", str(config.seed)]
+    words += ["--class-prompt", CLASS_PROMPT, "--seed", str(config.seed)]
     words += [] if config.steps is None else ["--steps", str(config.steps)]
-    say(f"It learns {config.subject} from the five pictures in {folder / 'pictures'}:")
+    say(f"It learns {config.subject} from the five captioned pictures in {folder / 'pictures'}:")
     print(f"\n  finetune train {RECIPE} {shlex.join(words)}\n")
     recipe = shelf.load(RECIPE)
     recipe.main(ft.config.parse(recipe.Config, words, f"finetune train {RECIPE}"))

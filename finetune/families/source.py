@@ -103,7 +103,7 @@ class Source:
     def _load(self, dtype: torch.dtype, components: dict[str, Any]) -> DiffusionPipeline:
         dtypes = {"default": dtype, "vae": torch.float32}
         if self.folder is not None:
-            _check_folder(self.folder)
+            weights.check_folder(self.folder)
             return DiffusionPipeline.from_pretrained(
                 self.folder, dtype=dtypes, use_safetensors=True, local_files_only=True, **components
             )
@@ -152,17 +152,6 @@ def _class_in_file(file: Path) -> str:
     kind = infer_diffusers_model_type(shapes)
     classes = {"v1": "StableDiffusionPipeline", "v2": "StableDiffusionPipeline", "xl_base": "StableDiffusionXLPipeline"}
     return classes.get(kind, f"checkpoint of kind {kind!r}")
-
-
-def _check_folder(folder: Path) -> None:
-    """Every weight file whole (row 40), and none of the parts there only as a pickle (row 38)."""
-    files = sorted(folder.rglob("*.safetensors"))
-    if not files:
-        pickles = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.suffix in PICKLES]
-        why = ", only pickles, which can run code when they are loaded. Save it with safetensors first"
-        raise Fault(f"{folder}: holds no .safetensors weights{why if pickles else ''}.", pickles)
-    for file in files:
-        weights.check_file(file)
 
 
 def _hash(files: list[Path], root: Path) -> str:

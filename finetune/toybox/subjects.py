@@ -20,6 +20,8 @@ from finetune.toybox.things import Build
 from finetune.toybox.world import ALL_SCENES, Spec, caption, placed, render
 
 SEED = 7
+PROMPT = "a photo of sks toy"
+"""The words that a subject's captions begin with. Its scene follows, so that it is not learned as a part of it."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,11 @@ def neon_specs() -> tuple[list[Spec], list[Spec]]:
     return specs(NEON, 0), specs(NEON_REFERENCES, 3)
 
 
-def drawn(name: str) -> dict[str, tuple[Image.Image, str | None]]:
-    """Every picture of a data set by its path inside it, with its caption where it has one."""
+def drawn(name: str) -> dict[str, tuple[Image.Image, str]]:
+    """Every picture of a data set by its path inside it, with its caption."""
     pictures, references = neon_specs() if name == "neon" else subject_specs(name)
-    captioned = name == "neon"
     return {
-        f"{folder}/{i:02}.png": (render(spec), caption(spec) if captioned else None)
+        f"{folder}/{i:02}.png": (render(spec), caption(spec) if name == "neon" else f"{PROMPT} {spec.scene}")
         for folder, specs in (("pictures", pictures), ("references", references))
         for i, spec in enumerate(specs, 1)
     }
@@ -104,8 +105,7 @@ def main(folder: Path) -> None:
             path = folder / name / inside
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path, optimize=True)
-            if words is not None:
-                path.with_suffix(".txt").write_text(words + "\n")
+            path.with_suffix(".txt").write_text(words + "\n")
 
 
 if __name__ == "__main__":

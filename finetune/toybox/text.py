@@ -78,7 +78,12 @@ def new_tokenizer() -> CLIPTokenizer:
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """`tokenizer.json` and the two files of older clients, which transformers 5 no longer writes."""
+    """`tokenizer.json` and the two files of older clients, which transformers 5 no longer writes.
+
+    A tokenizer remembers how it was last called, and would write that down.
+    """
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))

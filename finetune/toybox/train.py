@@ -30,7 +30,7 @@ class Config:
     """Peak learning rate of the autoencoder."""
     vae_kl: float = 3e-4
     """Weight of the latents' divergence from the unit Gaussian."""
-    decoder_pictures: int = 32_000
+    decoder_pictures: int = 64_000
     """Training pictures that the decoder sees alone afterwards. More of them spoil nothing."""
     judge_pictures: int = 48_000
     """Captioned pictures that the judge and the text encoder see (and as many views of things)."""
@@ -38,7 +38,7 @@ class Config:
     """Captioned pictures a step for the judge."""
     judge_lr: float = 2e-3
     """Peak learning rate of the judge and of the text encoder's first training."""
-    noise_pictures: int = 117_600
+    noise_pictures: int = 300_000
     """Training pictures that the noise predictor sees. A larger number makes a finished training go on."""
     batch: int = 48
     """Pictures a step for the noise predictor."""
