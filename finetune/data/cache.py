@@ -22,7 +22,6 @@ import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from finetune.data.ahead import ahead
 from finetune.errors import Failure, Fault
 from finetune.weights import SUFFIX, read_header
 
@@ -332,38 +332,21 @@ def build(
     what was computed before stays in the store.
     """
     counts = {"found": 0, "built": 0}
-    pool = ThreadPoolExecutor(workers)
+
+    def loaded(pair: tuple[str, Job]) -> tuple[str, Loaded | None]:
+        key, job = pair
+        return key, None if key in store else load(job)
 
     def work() -> Iterator[str]:
-        for key, loading in _ahead(pool, store, wanted, load, 2 * workers):
-            new = loading is not None and key not in store  # a key may come twice
-            if new and loading is not None:
-                store.add(key, encode(loading.result()))
+        for key, ready in ahead(loaded, wanted, workers):
+            new = ready is not None and key not in store  # a key may come twice
+            if new and ready is not None:
+                store.add(key, encode(ready))
             counts["built" if new else "found"] += 1
             yield key
 
-    try:
-        deque(track(work()), maxlen=0)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    deque(track(work()), maxlen=0)
     return Built(**counts)
-
-
-def _ahead(
-    pool: ThreadPoolExecutor,
-    store: Store,
-    wanted: Iterable[tuple[str, Job]],
-    load: Callable[[Job], Loaded],
-    most: int,
-) -> Iterator[tuple[str, Future[Loaded] | None]]:
-    """Each key with its loading, None where it is in the store. At most so many are begun and not yet taken."""
-    waiting: deque[tuple[str, Future[Loaded] | None]] = deque()
-    for key, job in wanted:
-        waiting.append((key, None if key in store else pool.submit(load, job)))
-        if len(waiting) == most:
-            yield waiting.popleft()
-    while waiting:
-        yield waiting.popleft()
 
 
 # --- the index -----------------------------------------------------------------------------------------------------

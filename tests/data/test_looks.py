@@ -126,7 +126,7 @@ def test_a_damaged_memory_is_set_aside(content: bytes, tmp_path: Path, monkeypat
     assert len(look_memo.looks_of(paths, 64)) == 1 and len(look_memo.looks_of(paths, 64)) == 1
     assert (file.parent / "looks.sqlite.damaged").read_bytes() == content
     with sqlite3.connect(file) as known:
-        assert known.execute("SELECT count(*) FROM looks").fetchone() == (1,)
+        assert known.execute("SELECT count(*) FROM notes").fetchone() == (1,)
 
 
 def test_without_a_memory_all_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ def test_a_background_that_is_no_colour_is_refused_at_once(tmp_path: Path) -> No
 
 
 def database(tmp_path: Path) -> Path:
-    return Path(os.environ["FINETUNE_CACHE"]) / "facts" / memo.FILE
+    return Path(os.environ["FINETUNE_CACHE"]) / "facts" / "facts.sqlite"
 
 
 def test_it_holds_no_names(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_two_processes_and_a_kill(tmp_path: Path) -> None:
     both = [subprocess.Popen([*command, number]) for number in ("70", "-1")]
     assert [one.wait(120) for one in both] == [-9, 0]
     with sqlite3.connect(database(tmp_path)) as known:
-        assert known.execute("SELECT count(*) FROM facts").fetchone() == (150,)
+        assert known.execute("SELECT count(*) FROM notes").fetchone() == (150,)
         assert known.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     assert [whole(one) for one in facts_of(paths)] == [whole(pictures.decode(path)[1]) for path in paths]
 
@@ -201,7 +201,7 @@ def test_a_damaged_database_is_set_aside(
     with caplog.at_level(logging.WARNING):
         facts(path)
     assert "damaged" in caplog.text
-    assert database(tmp_path).with_name(memo.FILE + ".damaged").read_bytes() == content
+    assert database(tmp_path).with_name("facts.sqlite.damaged").read_bytes() == content
     facts(path)
     assert len(decoded) == 1
 
@@ -214,7 +214,7 @@ def test_without_a_database_all_is_decoded(
     path = picture(tmp_path / "a.png")
     with caplog.at_level(logging.WARNING):
         assert facts(path) == facts(path)
-    assert len(decoded) == 2 and "decoded again each time" in caplog.text
+    assert len(decoded) == 2 and "measured again each time" in caplog.text
     assert [whole(one) for one in facts_of([path])] == [whole(facts(path))]
 
 
@@ -223,6 +223,6 @@ def test_garbage_in_a_row_is_not_believed(tmp_path: Path, decoded: list[Path]) -
     first = facts(path)
     for text in ("", "[]", '{"height": 1}', "null"):
         with sqlite3.connect(database(tmp_path)) as known:
-            known.execute("UPDATE facts SET facts = ?", (text,))
+            known.execute("UPDATE notes SET note = ?", (text.encode(),))
         assert whole(facts(path)) == whole(first)
     assert len(decoded) == 5
