@@ -6,6 +6,7 @@ cache by its content, so that a second look at many pictures is quick.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from finetune.data.examples import Example
 from finetune.data.findings import Finding, finding, of_problem, ordered
 from finetune.data.frames import Framed
 from finetune.data.look_memo import Track
+from finetune.data.pictures import printable
 from finetune.errors import Fault
 from finetune.glance import EMBEDDED, Glance, glance
 from finetune.settings import Data, Framing, Model
@@ -83,10 +85,17 @@ def require(
     """What training asks before it loads a model. Raises one Fault that lists every error; else tells the rest."""
     report = examine(data, captions, framing, model, batch, seed, track)
     if errors := [one for one in report.findings if one.severity == "error"]:
-        advice = " ".join(dict.fromkeys(one.advice for one in errors))
-        count = f"{len(errors)} problem{'s' if len(errors) > 1 else ''}"
-        raise Fault(f"the data: {count}; nothing was changed. {advice}", [one.text for one in errors])
+        if len(errors) == 1 and errors[0].code in ("setting", "folder"):
+            raise Fault(errors[0].text)
+        advice = dict.fromkeys(one.advice for one in errors)
+        raise sources.refusal(data, [one.text for one in errors], [_with_names(said, errors) for said in advice])
     return report
+
+
+def _with_names(advice: str, errors: Sequence[Finding]) -> str:
+    """Advice that names the files it is about, so that a line can be copied."""
+    files = dict.fromkeys(file for one in errors if one.advice == advice for file in one.files)
+    return advice.replace("--skip NAME ...", f"--skip {' '.join(shlex.quote(printable(file)) for file in files)}")
 
 
 def examine(
@@ -114,7 +123,10 @@ def examine(
     seen = look_memo.looks_of(paths, max(resolutions), data.background, track)
     found += faults
     found += [*symptoms.copies(everyone, seen), *symptoms.blurred(everyone, seen), *symptoms.facts(everyone)]
-    found += [*symptoms.sizes(framed, batch), *symptoms.batches(framed, batch)]
+    judged = list(symptoms.sizes(framed, batch))
+    if base is None and not framing.resolution:  # a guess refuses nothing
+        judged = [replace(one, severity="warning") if one.severity == "error" else one for one in judged]
+    found += [*judged, *symptoms.batches(framed, batch)]
     found += [*symptoms.captions(examples, data, known.tokenizers), *symptoms.balance(examples, data)]
     found += _unused(data, everyone)
     return Report(
@@ -164,6 +176,8 @@ def _read(data: Data, captions: settings.Captions, seed: int) -> tuple[list[Exam
     examples, problems = sources.survey(data, captions)
     parts = concepts.parts(data)
     found = [of_problem(one, parts[one.concept].title) for one in problems]
+    if data.strict:
+        found = [replace(one, advice=sources.STRICT) if one.code == "caption-missing" else one for one in found]
     lacking = any(one.code == "no caption" for one in problems)
     everyone = lenient.read(data, captions) if lacking else examples
     try:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from finetune.data.found import Found, Picture, Problem, listed
 from finetune.data.pictures import BadPicture, Facts, printable
 from finetune.errors import Fault
 from finetune.settings import Data
+
+STRICT = "--strict takes pictures with a caption of their own only: write the captions, or go without --strict."
 
 
 def read(data: Data, texts: settings.Captions | None = None, seed: int = 0) -> tuple[list[Example], list[Example]]:
@@ -55,18 +57,20 @@ def refuse(problems: Sequence[Problem], data: Data) -> None:
     if not problems:
         return
     parts = concepts.parts(data)
-    remedies = " ".join(_remedies(problems, data.strict))
-    if len(parts) == 1:
-        if len(problems) == 1 and problems[0].code in ("place", "setting"):
-            raise Fault(problems[0].text)
-        place = printable(parts[0].data.data or "")
-        details = [problem.text for problem in problems]
-    else:
-        places = {problem.concept for problem in problems}
-        place = f"{len(places)} of {len(parts)} concepts" if len(places) > 1 else parts[min(places)].title
-        details = [f"{printable(parts[problem.concept].title)}: {problem.text}" for problem in problems]
+    if len(parts) == 1 and len(problems) == 1 and problems[0].code in ("place", "setting"):
+        raise Fault(problems[0].text)
+    titles = [f"{printable(part.title)}: " if len(parts) > 1 else "" for part in parts]
+    details = [titles[problem.concept] + problem.text for problem in problems]
+    raise refusal(data, details, _remedies(problems, data.strict))
+
+
+def refusal(data: Data, problems: Sequence[str], remedies: Iterable[str]) -> Fault:
+    """What is said of data that cannot be trained on."""
+    parts = concepts.parts(data)
+    place = printable(parts[0].data.data or "") if len(parts) == 1 else f"the {len(parts)} concepts"
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    raise Fault(f"{place}: {count}; nothing there was changed. {remedies}".rstrip(), details)
+    said = " ".join(dict.fromkeys(remedies))
+    return Fault(f"{place}: {count}; nothing there was changed. {said}".rstrip(), problems)
 
 
 def held_out(examples: Sequence[Example], data: Data, seed: int) -> tuple[list[Example], list[Example]]:
@@ -220,7 +224,7 @@ def _remedies(problems: Sequence[Problem], strict: bool) -> list[str]:
         remedies.append(f"Repair or replace the pictures, or leave them out by name: --skip {names}")
     if any(problem.code == "no caption" for problem in problems):
         remedies.append(
-            "--strict takes pictures with a caption of their own only: write the captions, or go without --strict."
+            STRICT
             if strict
             else 'Give a caption for all that have none, e.g. --prompt "a photo of sks dog", or write the files.'
         )

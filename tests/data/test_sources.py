@@ -63,7 +63,7 @@ def test_the_faults_of_all_concepts_come_at_once(tmp_path: Path) -> None:
     )
     with pytest.raises(Fault) as caught:
         data.read(settings)
-    assert caught.value.message.startswith("3 of 3 concepts: 7 problems; nothing there was changed. Repair or replace")
+    assert caught.value.message.startswith("the 3 concepts: 7 problems; nothing there was changed. Repair or replace")
     said = [line.partition("): ")[0] + ") " + line.partition("): ")[2][:34] for line in caught.value.details]
     assert said == [
         f"concept 1 ({dogs}) repeats = 0: a whole number, 1 or ",
