@@ -11,7 +11,7 @@ from torch import Tensor
 from finetune import keys
 from finetune.data.encoding import Encodings
 from finetune.data.examples import Example, Item
-from finetune.data.geometry import Geometry
+from finetune.data.framing.geometry import Geometry
 from finetune.data.order import Draw, Order
 
 Place = tuple[keys.Index, ...]

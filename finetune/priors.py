@@ -12,9 +12,10 @@ from dataclasses import replace
 from itertools import cycle, islice
 
 from finetune import class_pictures, data
-from finetune.data import Example, concepts
-from finetune.data.concepts import Part
+from finetune.data import Example
 from finetune.data.encoding import Track
+from finetune.data.reading import concepts
+from finetune.data.reading.concepts import Part
 from finetune.errors import Fault
 from finetune.families import Family, Source
 from finetune.settings import Data, Prior

@@ -30,8 +30,9 @@ from rich.text import Text
 from finetune import config as configuration
 from finetune import data, engine, families, optim
 from finetune.adapters import Group
-from finetune.data import Item, concepts
+from finetune.data import Item
 from finetune.data.encoding import Turn
+from finetune.data.reading import concepts
 from finetune.errors import Fault
 from finetune.families import Family
 from finetune.loop import Report

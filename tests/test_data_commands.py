@@ -15,7 +15,7 @@ from planted import MESSY, TABLE, Row
 
 from finetune import config, shelf
 from finetune.cli import main
-from finetune.data import findings
+from finetune.data.checking import findings
 
 
 def checked(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, dict[str, Any], str]:

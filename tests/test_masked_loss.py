@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from finetune import adapters, data, families
-from finetune.data import masks
 from finetune.data.encoding import Encodings
+from finetune.data.framing import masks
 from finetune.families import Family, Source
 from finetune.loop import PictureLoss
 from finetune.settings import Adapter, Loss

@@ -43,7 +43,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from finetune.data import captioning, captions
+    from finetune.data import captioning
+    from finetune.data.reading import captions
 
     # What can be refused is refused before a model is loaded.
     if config.longest < 1:

@@ -12,7 +12,7 @@ Exit status: 0 when training would start, 1 when it would not, 2 when the comman
     buckets         [{"width": int, "height": int, "pictures": int}]: sizes that are trained
     findings        [{"severity": "error" | "warning" | "note", "code": str, "text": str, "files": [str],
                       "advice": str}], in order of weight; "error": training would not start. The codes are the keys
-                      of `finetune.data.findings.ADVICE`
+                      of `finetune.data.checking.findings.ADVICE`
     recommendation  {"steps": int, "repeats": {name: int}, "reason": str}, or null when there is nothing to train on
 """
 
@@ -29,7 +29,7 @@ from finetune.commands.reading import RunReading
 from finetune.errors import FAILED, Fault
 
 if TYPE_CHECKING:
-    from finetune.data.doctor import Report
+    from finetune.data.checking.doctor import Report
 
 HEADS = {
     "error": "Training would not start",
@@ -60,7 +60,7 @@ def main(config: Config) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from finetune.data import doctor
+    from finetune.data.checking import doctor
 
     console = Console(stderr=True)
     report = doctor.examine(

@@ -15,10 +15,9 @@ from finetune.errors import Failure, Fault
 from finetune.settings import Data, Framing, Model
 
 if TYPE_CHECKING:
-    from finetune.data.found import Problem
-    from finetune.data.frames import Framed
+    from finetune.data.framing.frames import Framed
+    from finetune.data.reading.found import Problem
 
-NO_CAPTION = "(no caption)"
 MULTIPLE = 64
 """Of the sides, where the model is not at hand: what Stable Diffusion needs, and SDXL's own table keeps to."""
 
@@ -43,7 +42,9 @@ def main(config: Config) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from finetune.data import frames, pictures, sheet, sources
+    from finetune.data.checking import lenient
+    from finetune.data.framing import frames, sheet
+    from finetune.data.reading import pictures, sources
 
     console = Console(stderr=True)
 
@@ -54,7 +55,7 @@ def main(config: Config) -> None:
     frames.check(config.framing)
     resolutions, multiple = _made_for(config.model, config.framing)
     sheet.files(config.output, 1, config.overwrite)  # refused before the pictures are read
-    examples, problems = sources.survey(_without_captions(data), config.captions)
+    examples, problems = sources.survey(lenient.captioned(data), config.captions)
     if not examples and not any(problem.code == "picture" for problem in problems):
         sources.refuse(problems, data)
     found = list(frames.frame(examples, config.framing, resolutions, multiple, config.train.seed))
@@ -67,16 +68,10 @@ def main(config: Config) -> None:
     _refuse(found, problems, data)
 
 
-def _without_captions(data: Data) -> Data:
-    """The data with a caption for every picture: to lack one is no hindrance here."""
-    concepts = tuple(replace(one, prompt=one.prompt or data.prompt or NO_CAPTION) for one in data.concepts)
-    return replace(data, prompt=data.prompt or NO_CAPTION, concepts=concepts, strict=False)
-
-
 def _marked(framed: Sequence[Framed], problems: Sequence[Problem]) -> list[Framed]:
     """What is wrong with a picture's data, put to how it is framed; those that could not be read come first."""
     from finetune.data.examples import Example
-    from finetune.data.frames import Framed
+    from finetune.data.framing.frames import Framed
 
     told: dict[tuple[int, str], list[str]] = {}
     for problem in problems:
@@ -97,8 +92,8 @@ def _marked(framed: Sequence[Framed], problems: Sequence[Problem]) -> list[Frame
 
 def _refuse(framed: Sequence[Framed], problems: Sequence[Problem], data: Data) -> None:
     """What keeps training from starting, now that the sheet shows it: of the data, then of the framing."""
-    from finetune.data import sources
     from finetune.data.plan import require
+    from finetune.data.reading import sources
 
     said: list[Fault] = []
     for check in (lambda: sources.refuse(problems, data), lambda: require(framed)):

@@ -5,12 +5,12 @@ each picture is scaled, cropped and captioned; `pixels` (examples.py) makes what
 user is told. Below them: `folder.py`, `metadata.py` and `library.py` find pictures, `pictures.py` decodes one.
 """
 
-from finetune.data.doctor import require
+from finetune.data.checking.doctor import require
 from finetune.data.examples import Example, Item, pixels
-from finetune.data.geometry import Geometry
-from finetune.data.pictures import BadPicture, Facts
+from finetune.data.framing.geometry import Geometry
 from finetune.data.plan import plan
-from finetune.data.sources import held_out, read, read_files, read_plain, survey
+from finetune.data.reading.pictures import BadPicture, Facts
+from finetune.data.reading.sources import held_out, read, read_files, read_plain, survey
 from finetune.data.summary import describe, prompts
 
 __all__ = [

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import weights
-from finetune.data import captions, folder, metadata, pictures
-from finetune.data.pictures import BadPicture, printable
+from finetune.data.reading import captions, folder, metadata, pictures
+from finetune.data.reading.pictures import BadPicture, printable
 from finetune.errors import Failure, Fault
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from finetune import home
 from finetune.data import cache
 from finetune.data.cache import Store
 from finetune.data.examples import Item, pixels
-from finetune.data.geometry import Geometry
-from finetune.data.masks import weights as mask_weights
-from finetune.data.pictures import reduction
+from finetune.data.framing.geometry import Geometry
+from finetune.data.framing.masks import weights as mask_weights
+from finetune.data.reading.pictures import reduction
 from finetune.errors import Fault
 from finetune.families import Conditions, Family, denoiser, modules, release, text_encoders, tokenizers
 from finetune.settings import Captions, Data

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from finetune.data import geometry, pictures
-from finetune.data.geometry import Geometry
-from finetune.data.pictures import Facts
+from finetune.data.framing import geometry
+from finetune.data.framing.geometry import Geometry
+from finetune.data.reading import pictures
+from finetune.data.reading.pictures import Facts
 
 if TYPE_CHECKING:
     from torch import Tensor

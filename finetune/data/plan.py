@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from finetune import settings
-from finetune.data import captions
 from finetune.data.examples import Example, Item
-from finetune.data.frames import Framed, frame, name
+from finetune.data.framing.frames import Framed, frame, name
+from finetune.data.reading import captions
 from finetune.errors import Fault
 from finetune.settings import Framing
 

@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.data import captions, frames, library, metadata, pictures
 from finetune.data.examples import Example, Item
-from finetune.data.folder import Listing, caption_files, look
-from finetune.data.frames import Framed
-from finetune.data.pictures import Facts, printable
+from finetune.data.framing import frames
+from finetune.data.framing.frames import Framed
+from finetune.data.reading import captions, library, metadata, pictures
+from finetune.data.reading.folder import Listing, caption_files, look
+from finetune.data.reading.pictures import Facts, printable
 from finetune.errors import Fault
 
 

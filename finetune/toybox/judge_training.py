@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,11 +19,9 @@ from torch.nn import functional as F
 from finetune import keys
 from finetune.toybox import pictures, stages, text, world
 from finetune.toybox.judge import DIMENSIONS, Network, bags
+from finetune.toybox.plan import Config
 from finetune.toybox.things import EYES, LIMBS, PATTERNS, TOPS
 from finetune.toybox.vae import as_tensor
-
-if TYPE_CHECKING:
-    from finetune.toybox.train import Config
 
 VIEWS = 4
 FAMILY = 4

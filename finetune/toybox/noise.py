@@ -23,10 +23,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from finetune import keys
 from finetune.objective import Diffusion, loss_per_picture, min_snr_weight
 from finetune.toybox import parallel, pictures, stages, text, vae, world
+from finetune.toybox.plan import Config
 
 if TYPE_CHECKING:
     from finetune.toybox.judge import Judge
-    from finetune.toybox.train import Config
 
 CHANNELS = (48, 64, 72, 72)
 LATENT = (4, 16, 16)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,9 +19,7 @@ from torch.nn import functional as F
 
 from finetune import keys
 from finetune.toybox import parallel, pictures, stages
-
-if TYPE_CHECKING:
-    from finetune.toybox.train import Config
+from finetune.toybox.plan import Config
 
 
 def new(seed: int = 0) -> AutoencoderKL:

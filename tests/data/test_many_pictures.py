@@ -18,8 +18,8 @@ import json, resource, sys
 from pathlib import Path
 import torch
 from finetune.data.cache import Shards, build, key
-from finetune.data.memo import facts_of
-from finetune.data import pictures
+from finetune.data.reading.memo import facts_of
+from finetune.data.reading import pictures
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

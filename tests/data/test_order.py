@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.examples import Example, Item
-from finetune.data.geometry import Geometry
+from finetune.data.framing.geometry import Geometry
 from finetune.data.order import Order
 
 SIZES = [(64, 64), (48, 80), (80, 48)]

@@ -8,8 +8,8 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from finetune import data, toybox
-from finetune.data import geometry
 from finetune.data.examples import Item
+from finetune.data.framing import geometry
 from finetune.settings import Concept, Data
 
 

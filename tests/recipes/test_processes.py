@@ -29,7 +29,7 @@ def run(words: list[str], processes: int, cache: Path) -> None:
 
 
 def test_two_processes_train_what_one_does(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    """Pictures of two sizes, mirrored, with captions that vary and class pictures: 1 x 2 pictures a step against 2 x 1."""
+    """Pictures of several sizes, mirrored, with captions that vary, and class pictures: two a step, or one each."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number, size in enumerate([(128, 128), (120, 128), (256, 64), (64, 256), (250, 64)]):
