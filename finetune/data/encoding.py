@@ -107,7 +107,8 @@ def encode(
 
     Raises Fault when a picture's latents are not finite (half-precision VAEs overflow).
     """
-    turn, (pictures, texts) = turn or Turn(), stores(data)
+    pictures, texts = stores(data)
+    turn = turn if turn and data.use_cache else Turn()  # what is kept in memory, each process computes for itself
     items, factor = [*subjects, *companions], int(family.pipeline.vae_scale_factor)
     vae, encoders = _vae_fingerprint(family), _encoders_fingerprint(family)
     built = {"pictures": _encode_pictures(family, items, pictures, vae, data.background, track, turn)}
