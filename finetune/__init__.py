@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from finetune.data.encoding import encode, release_frozen
     from finetune.errors import Failure, Fault
     from finetune.families import Source, load
-    from finetune.loop import ask, fit
+    from finetune.loop import Training, ask
     from finetune.previews import preview
     from finetune.run import Run, due
 
@@ -28,10 +28,10 @@ HOME = {
     "Fault": "errors",
     "Run": "run",
     "Source": "families",
+    "Training": "loop",
     "ask": "loop",
     "due": "run",
     "encode": "data.encoding",
-    "fit": "loop",
     "load": "families",
     "preview": "previews",
     "release_frozen": "data.encoding",
@@ -43,6 +43,7 @@ __all__ = [
     "Fault",
     "Run",
     "Source",
+    "Training",
     "adapters",
     "ask",
     "config",
@@ -51,7 +52,6 @@ __all__ = [
     "encode",
     "export",
     "families",
-    "fit",
     "keys",
     "load",
     "loop",

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import tyro
@@ -74,6 +75,8 @@ def _train(words: list[str], prog: str) -> None:
         print(_table(f"usage: {prog} RECIPE [OPTIONS]\n", found))
         print(f"\nRECIPE may be a file of your own: ./my_recipe.py. `{prog} RECIPE --help` lists a recipe's options.")
         return
+    if "--resume" in words and not config.file_of(words):
+        words = _of_the_run(words)
     if words and not words[0].startswith("-"):
         recipe, words = words[0], words[1:]
     else:
@@ -83,6 +86,17 @@ def _train(words: list[str], prog: str) -> None:
         raise Fault(f"{prog}: which recipe? `{prog} RECIPE ...`, with one of: {', '.join(shelf.recipes())}.")
     page = shelf.load(recipe)
     page.main(config.parse(page.Config, words, f"{prog} {recipe}"))
+
+
+def _of_the_run(words: list[str]) -> list[str]:
+    """What is resumed has its settings in its folder; what is given here wins over them, as over any TOML file."""
+    from finetune.ledger import settings_of
+
+    folders = [following for word, following in pairwise(words) if word == "--output"]
+    folders += [word.removeprefix("--output=") for word in words if word.startswith("--output=")]
+    if not folders:
+        raise Fault("--resume: which run? Name its folder: --output DIR --resume.")
+    return [*words, "--config", str(settings_of(Path(folders[0])))]
 
 
 def _recipes(words: list[str], prog: str) -> None:
@@ -141,6 +155,7 @@ VERBS = {
     "data preview": Verb("a sheet of the pictures with their crops", _page("finetune.commands.preview")),
     "data caption": Verb("write captions with a vision-language model", _page("finetune.commands.caption")),
     "data cache": Verb("compute ahead what a training needs", _page("finetune.commands.cache")),
+    "runs": Verb("list the runs in a folder and how far they are", _page("finetune.commands.runs")),
     "recipes": Verb("list the recipes and their ready settings", _recipes),
     "copy": Verb("copy a recipe or settings to change them", _copy),
     "toybox train": Verb("make the embedded base model again, from nothing", _page("finetune.toybox.train")),

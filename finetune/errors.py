@@ -8,6 +8,8 @@ BAD_INPUT = 2
 """Exit status of an expected fault: nothing was trained."""
 FAILED = 1
 """Exit status of a fault that appeared while working."""
+STOPPED = 75
+"""Exit status of a run that was stopped and can go on with --resume (EX_TEMPFAIL: try again)."""
 
 
 class Fault(Exception):
@@ -22,6 +24,12 @@ class Fault(Exception):
         super().__init__("\n".join([message, *(f"  - {line}" for line in details)]))
         self.message = message
         self.details = list(details)
+
+
+class Stopped(Fault):
+    """A signal asked a run to stop; its state is kept."""
+
+    status = STOPPED
 
 
 class Failure(Fault):

@@ -89,44 +89,95 @@ class PictureLoss(nn.Module):
         return {name: torch.cat([each[name] for each in known]).to(device) for name in known[0]}
 
 
-def fit(
-    family: Family,
-    groups: Sequence[Group],
-    data: Encodings,
-    train: Train,
-    settings: Optim,
-    loss: Loss,
-    accelerator: Accelerator,
-) -> Iterator[Report]:
-    """Train, yielding after each step. The loss is a sum over the step's pictures of share * loss.
+class Training:
+    """A training: iterating takes its steps, and what `state` tells is all that the rest of it follows from.
 
-    A share is the picture's weight divided by the number of subject pictures, so that with prior preservation the sum
-    is mean(subject) + w * mean(prior) (Ruiz et al. 2022, 2208.12242, eq. 2), however the step is split into passes and
-    processes.
-
-    Raises Failure, before anything is changed, when a step's loss or gradient is not finite.
+    The loss is a sum over the step's pictures of share * loss. A share is the picture's weight divided by the number of
+    subject pictures, so that with prior preservation the sum is mean(subject) + w * mean(prior) (Ruiz et al. 2022,
+    2208.12242, eq. 2), however the step is split into passes and processes.
     """
-    parts = train.accumulation * accelerator.num_processes
-    order = Order(data.subjects, data.companions, train.batch_size * parts, train.seed)
-    model = PictureLoss(family, data, loss).to(accelerator.device)
-    optimizer = optim.optimizer(list(groups), settings, accelerator.device)
-    scheduler = optim.schedule(optimizer, settings, train.steps)
-    batches = Batches(data, order, model.objective.timesteps, accelerator.device)
-    if train.gradient_checkpointing:
-        _checkpoint_activations(family)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    parameters = [p for group in groups for p in group.parameters]
-    model.train()
-    for step in range(train.steps):
-        start, lr = time.perf_counter(), float(scheduler.get_last_lr()[0])
-        value = _accumulate(model, batches, step, train, accelerator)
-        norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
-        _require_finite(value, norm, step, batches, accelerator)
-        optimizer.step()
-        optimizer.zero_grad()
-        if not accelerator.optimizer_step_was_skipped:
-            scheduler.step()
-        yield Report(step + 1, value, norm, lr, time.perf_counter() - start)
+
+    def __init__(
+        self,
+        family: Family,
+        groups: Sequence[Group],
+        data: Encodings,
+        train: Train,
+        settings: Optim,
+        loss: Loss,
+        accelerator: Accelerator,
+    ) -> None:
+        self.train, self.settings, self.accelerator = train, settings, accelerator
+        self.done = 0
+        """Steps done"""
+        parts = train.accumulation * accelerator.num_processes
+        order = Order(data.subjects, data.companions, train.batch_size * parts, train.seed)
+        model = PictureLoss(family, data, loss).to(accelerator.device)
+        optimizer = optim.optimizer(list(groups), settings, accelerator.device)
+        self.scheduler = optim.schedule(optimizer, settings, train.steps)
+        self.batches = Batches(data, order, model.objective.timesteps, accelerator.device)
+        if train.gradient_checkpointing:
+            _checkpoint_activations(family)
+        self.parameters = _named(family, groups)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+
+    def __iter__(self) -> Iterator[Report]:
+        """Take the steps that are left, yielding after each.
+
+        Raises Failure, before anything is changed, when a step's loss or gradient is not finite.
+        """
+        self.model.train()
+        while self.done < self.train.steps:
+            yield self._step()
+
+    def state(self) -> dict[str, Any]:
+        """What is trained, and what its training remembers."""
+        scaler = self.accelerator.scaler
+        return {
+            "parameters": {name: parameter.data for name, parameter in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+
+    def load(self, done: int, state: dict[str, Any]) -> None:
+        """Go on from a state after so many steps. Raises Fault when it is not one of this training."""
+        known, given = set(self.parameters), set(state["parameters"])
+        if known != given:
+            raise Fault(
+                f"the checkpoint holds other weights than are trained now: {len(given - known)} of its "
+                f"{len(given)} are unknown, {len(known - given)} are missing. Resume with its own settings."
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        if state["optimizer"] is None:
+            raise Fault("the checkpoint holds no optimizer state. Resume from another one.")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["schedule"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.done = done
+
+    def _step(self) -> Report:
+        start, lr, step = time.perf_counter(), float(self.scheduler.get_last_lr()[0]), self.done
+        loss = _accumulate(self.model, self.batches, step, self.train, self.accelerator)
+        parameters = list(self.parameters.values())
+        norm = float(self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))
+        _require_finite(loss, norm, step, self.batches, self.accelerator)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.done = step + 1
+        return Report(step + 1, loss, norm, lr, time.perf_counter() - start)
+
+
+def _named(family: Family, groups: Sequence[Group]) -> dict[str, nn.Parameter]:
+    """The parameters that train, by part and name, in the groups' order."""
+    parts = families.modules(family)
+    names = {id(p): f"{part}.{name}" for part in parts for name, p in parts[part].named_parameters()}
+    return {names[id(parameter)]: parameter for group in groups for parameter in group.parameters}
 
 
 def require_no_base(settings: Loss) -> None:

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -33,10 +32,12 @@ from finetune.adapters import Group
 from finetune.data import Item
 from finetune.data.encoding import Turn
 from finetune.data.reading import concepts
-from finetune.errors import Fault
-from finetune.families import Family
-from finetune.loop import Report
+from finetune.errors import Failure, Fault, Stopped
+from finetune.families import Family, Source
+from finetune.keeping import LOG, Keeper
+from finetune.loop import Training
 from finetune.settings import Optim, Output, Train
+from finetune.signals import Signals
 
 Piece = TypeVar("Piece")
 LOGS = "logs"
@@ -50,7 +51,6 @@ class Run:
         self.config, self.train, self.optim = config, train, optim
         self.folder, self.tracker = output.output, output.tracker
         self.settings = configuration.asdict(config)
-        _require_new(self.folder)
         _require_tracker(self.tracker)
         _require_sense(train)
         AcceleratorState._reset_state()  # a second run in one process may have another precision
@@ -60,6 +60,7 @@ class Run:
             project_dir=self.folder,
         )
         self.console = Console(quiet=not self.leads)
+        self.keeper = Keeper(config, output, train, self.leads)
 
     @property
     def leads(self) -> bool:
@@ -99,9 +100,7 @@ class Run:
         warnings: Sequence[str] = (),
     ) -> None:
         """Make the folder, keep the settings in it, and say what is going to happen."""
-        if self.leads:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "settings.toml").write_text(configuration.dumps(self.config), encoding="utf-8")
+        self.keeper.begin()
         if self.tracker != "none":
             self.accelerator.init_trackers(LOGS)
         self.console.print(self._summary(family, groups, subjects, companions))
@@ -117,12 +116,54 @@ class Run:
         with self._progress() as progress:
             yield from progress.track(items, total=total, description=what)
 
-    def steps(self, reports: Iterable[Report]) -> Iterator[int]:
-        """Go through the training steps: the bar, `log.jsonl` and the tracker. Yields the number of steps done."""
-        file = self.folder / "log.jsonl" if self.leads else os.devnull
+    def resume(self, training: Training, source: Source) -> None:
+        """Where --resume asks for it, go on from the newest whole checkpoint."""
+        try:
+            said = self.keeper.go_on(training, source.identity())
+        except BaseException:
+            self.keeper.end()
+            raise
+        if said:
+            self.say(said)
+
+    def steps(self, training: Training) -> Iterator[int]:
+        """Go through the training steps: the bar, the logs, the checkpoints. Yields the number of steps done.
+
+        Raises Stopped, the state being kept, after the step in which a signal asked for it.
+        """
+        with Signals() as signals:
+            try:
+                for step in self._reported(training):
+                    yield step
+                    asked = self._agreed(signals.received)
+                    if asked or due(step, self.train.checkpoint_every) or step == self.train.steps:
+                        self.keeper.keep(training, "stopped" if asked else "running")
+                        self.accelerator.wait_for_everyone()
+                    if asked:
+                        raise Stopped(
+                            f"Stopped by {asked} after step {step} of {self.train.steps}; the state is kept. Go on: "
+                            f"`finetune train --output {self.folder} --resume`."
+                        )
+            except Failure:
+                self.keeper.end("failed")
+                raise
+            except BaseException:
+                self.keeper.end()
+                raise
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def _agreed(self, received: str | None) -> str | None:
+        """What any of the processes received: they stop together."""
+        flag = torch.tensor(float(received is not None), device=self.device)
+        return received or ("a signal" if float(self.accelerator.reduce(flag, "sum")) else None)
+
+    def _reported(self, training: Training) -> Iterator[int]:
+        """The steps with their bar, `log.jsonl` and the tracker."""
+        file = self.folder / LOG if self.leads else os.devnull
         with self._progress("{task.fields[state]}") as progress, open(file, "a", encoding="utf-8") as log:
-            task = progress.add_task("train", total=self.train.steps, state="")
-            for report in reports:
+            task = progress.add_task("train", total=self.train.steps, completed=training.done, state="")
+            for report in training:
                 state = f"loss {report.loss:.4f}  lr {report.lr:.2e}  {report.seconds:.2f} s/step"
                 progress.update(task, completed=report.step, state=state)
                 if not self.console.is_terminal and self._worth_a_line(report.step):
@@ -132,11 +173,10 @@ class Run:
                 curves = {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr}
                 self.accelerator.log(curves, step=report.step)
                 yield report.step
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
 
     def finish(self, usage: str) -> None:
         """Say what was written, and the command that uses it."""
+        self.keeper.end("finished")
         table = Table.grid(padding=(0, 2))
         for file in sorted(path for path in self.folder.rglob("*") if path.is_file() and LOGS not in path.parts):
             table.add_row(Text(str(file.relative_to(self.folder)), overflow="fold"), _bytes(file.stat().st_size))
@@ -184,11 +224,6 @@ class Run:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens now."""
     return every > 0 and step % every == 0
-
-
-def _require_new(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Fault(f"{folder}: there is something there already. A run writes over nothing: name a new --output.")
 
 
 def _require_tracker(tracker: str) -> None:

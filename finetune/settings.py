@@ -79,8 +79,8 @@ class Data:
     trigger: str | None = None
     """The word that stands for the subject or style, e.g. sks."""
     template: str | None = None
-    """How a caption is made of the trigger and the picture's own caption. With a trigger: "{trigger}, {caption}", unless
-    the caption holds the trigger already."""
+    """How a caption is made of the trigger and the picture's own caption. With a trigger it is "{trigger}, {caption}",
+    unless the caption holds the trigger already."""
     strict: bool = False
     """Refuse pictures without a caption instead of training them with the prompt."""
     skip: tuple[str, ...] = ()
@@ -216,7 +216,14 @@ class Train:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_every: int = 0
-    """Save what was trained every so many steps, beside the end's. 0: only the end's."""
+    """Export what was trained every so many steps, beside the end's. 0: only the end's."""
+    checkpoint_every: int = 100
+    """Keep the whole state of the training every so many steps, to go on from after a stop (--resume). 0: only when it
+    is stopped by a signal."""
+    keep_last: int = 2
+    """Number of checkpoints that are kept, the newest."""
+    keep_every: int = 0
+    """Also keep the checkpoints at multiples of so many steps. 0: none."""
 
 
 @dataclass(frozen=True)
@@ -251,5 +258,9 @@ class Output:
 
     output: Path
     """A new or empty folder for the run: the trained file, `settings.toml`, `log.jsonl`, samples."""
+    resume: bool = False
+    """Go on with the run in the output folder, from its newest whole checkpoint. Its settings are taken from there."""
+    allow_changed: bool = False
+    """Go on although settings, base or data are not those that the checkpoint was made with."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where the curves go besides `log.jsonl`."""

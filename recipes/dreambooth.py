@@ -62,7 +62,9 @@ def main(config: Config) -> None:
         return str(run.folder / name)
 
     prompts = config.samples.sample_prompts or ft.data.prompts(examples)
-    for step in run.steps(ft.fit(family, groups, encodings, config.train, config.optim, config.loss, run.accelerator)):
+    training = ft.Training(family, groups, encodings, config.train, config.optim, config.loss, run.accelerator)
+    run.resume(training, source)
+    for step in run.steps(training):
         if run.leads and ft.due(step, config.train.save_every) and step < config.train.steps:
             save(f"model-{step:06d}")
             ft.release_frozen(family)

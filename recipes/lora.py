@@ -67,7 +67,9 @@ def main(config: Config) -> None:
     run.say(encodings.said())
 
     prompts = config.samples.sample_prompts or ft.data.prompts(examples)
-    for step in run.steps(ft.fit(family, groups, encodings, config.train, config.optim, config.loss, run.accelerator)):
+    training = ft.Training(family, groups, encodings, config.train, config.optim, config.loss, run.accelerator)
+    run.resume(training, source)
+    for step in run.steps(training):
         if run.leads and ft.due(step, config.train.save_every) and step < config.train.steps:
             ft.export.adapter(family, run.folder / f"adapter-{step:06d}.safetensors", settings=run.settings)
         if ft.due(step, config.samples.sample_every):

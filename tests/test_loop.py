@@ -50,7 +50,7 @@ def prepared(
 def fit(family: Family, groups: list[Group], data: Encodings, **train: object) -> list[loop.Report]:
     AcceleratorState._reset_state()
     settings = Train(**{"steps": 3, "batch_size": 2, **train})  # type: ignore[arg-type]
-    return list(loop.fit(family, groups, data, settings, Optim(max_grad_norm=0), Loss(), Accelerator(cpu=True)))
+    return list(loop.Training(family, groups, data, settings, Optim(max_grad_norm=0), Loss(), Accelerator(cpu=True)))
 
 
 def state(family: Family) -> dict[str, torch.Tensor]:
@@ -185,6 +185,8 @@ def test_optimizers_lower_the_loss(name: str, tiny_models: dict[str, Path], pict
     before = measured.loss(family, data)
     AcceleratorState._reset_state()
     settings = Optim(optimizer=name)  # type: ignore[arg-type]
-    for _ in loop.fit(family, groups, data, Train(steps=12, batch_size=3), settings, Loss(), Accelerator(cpu=True)):
+    for _ in loop.Training(
+        family, groups, data, Train(steps=12, batch_size=3), settings, Loss(), Accelerator(cpu=True)
+    ):
         pass
     assert measured.loss(family, data) < 0.9 * before

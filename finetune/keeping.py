@@ -1,0 +1,139 @@
+"""What keeps a run: its folder is held, its settings and state are kept, and it goes on from where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finetune import checkpoints, config, ledger
+from finetune.checkpoints import Checkpoint
+from finetune.data import Item
+from finetune.errors import Fault
+from finetune.loop import Training
+from finetune.settings import Output, Train
+
+LOG = "log.jsonl"
+FREE = frozenset(
+    {"output", "resume", "allow_changed", "tracker", "save_every", "checkpoint_every", "keep_last", "keep_every",
+     "sample_every", "sample_prompts", "sample_steps", "sample_guidance", "cache", "use_cache"}
+)  # fmt: skip
+"""Settings that may change between a checkpoint and what goes on from it: nothing that is trained follows from them."""
+log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """One for each process; only the leading one writes. Made before a model is loaded."""
+
+    def __init__(self, run: Any, output: Output, train: Train, leads: bool) -> None:
+        """`run`: the recipe's whole configuration. Raises Fault when the folder does not suit."""
+        self.folder, self.resume, self.allow_changed = output.output, output.resume, output.allow_changed
+        self.train, self.leads = train, leads
+        self.config = replace(run, output=replace(output, resume=False, allow_changed=False))
+        _require(self.folder, self.resume)
+
+    def begin(self) -> None:
+        """Hold the folder. Keep the settings in it, those of a run that goes on beside its first ones."""
+        if not self.leads:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Fault(f"{self.folder}: cannot be made ({error.strerror}). Name another --output.") from error
+        self._lock = ledger.hold(self.folder)
+        if not self.resume:
+            (self.folder / ledger.SETTINGS).write_text(config.dumps(self.config), encoding="utf-8")
+        recipe = config.recipe_of(self.folder / ledger.SETTINGS) or ""
+        self.entry = ledger.write(self.folder, ledger.Entry(recipe, self.train.steps))
+
+    def go_on(self, training: Training, base: str) -> str | None:
+        """Load the newest whole checkpoint where a run is resumed. What there is to say of it.
+
+        Raises Fault when settings, base or data are not those that it was made with.
+        """
+        self.identity = {"base": base, "data": _identity([*training.batches.data.subjects])}
+        if not self.resume:
+            return None
+        found, broken = checkpoints.newest(self.folder)
+        said = [f"{path.name}: broken, left as it is" for path in broken]
+        if found is None:
+            return "; ".join([*said, "no checkpoint yet: the run begins again at its first step"])
+        self._require_same(found.state["settings"], found.state["identity"])
+        training.load(found.step, found.state["training"])
+        if self.leads:
+            _cut(self.folder / LOG, found.step)
+        return "; ".join([*said, f"goes on after step {found.step}"])
+
+    def keep(self, training: Training, state: str = "running") -> None:
+        """Write a checkpoint of this step."""
+        if not self.leads:
+            return
+        kept = {
+            "training": training.state(),
+            "settings": config.asdict(self.config),
+            "identity": self.identity,
+        }
+        checkpoint = Checkpoint(training.done, kept)
+        checkpoints.save(self.folder, checkpoint, self.train.keep_last, self.train.keep_every)
+        self.entry = ledger.write(self.folder, self.entry, state=state, step=training.done, identity=self.identity)
+
+    def end(self, state: str | None = None) -> None:
+        """Let go of the folder, and say in it how the run ended; without a state it stays as it was said last."""
+        if self.leads:
+            if state is not None:
+                self.entry = ledger.write(self.folder, self.entry, state=state)
+            self._lock.release()
+
+    def _require_same(self, settings: Mapping[str, Any], identity: Mapping[str, str]) -> None:
+        lines = ledger.changes(settings, config.asdict(self.config), FREE)
+        lines += [f"{name}: not what it was made with" for name in identity if identity[name] != self.identity[name]]
+        if lines and not self.allow_changed:
+            raise Fault(
+                f"{self.folder}: what the training follows from has changed since its checkpoint. Put it back, or go "
+                "on all the same with --allow-changed.",
+                lines,
+            )
+        if lines:
+            log.warning("goes on although changed: %s", "; ".join(lines))
+
+
+def _require(folder: Path, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise Fault(f"{folder}: a file, where --output names a folder.")
+    entry = ledger.seen(folder) if folder.is_dir() else None
+    if resume and entry is None:
+        raise Fault(f"{folder}: --resume, but there is no run there to go on with. Without --resume a new one begins.")
+    if resume and entry is not None and entry.state == "finished":
+        raise Fault(f"{folder}: the run there is finished: nothing is left to do. Name a new --output for another one.")
+    if resume or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if entry is not None and entry.state != "finished":
+        raise Fault(
+            f"{folder}: an unfinished run is there ({entry.state}, {entry.step} of {entry.steps} steps). Go on with "
+            f"it: `finetune train --output {folder} --resume`. Or name a new --output."
+        )
+    raise Fault(f"{folder}: there is something there already. A run writes over nothing: name a new --output.")
+
+
+def _identity(items: Iterable[Item]) -> str:
+    """What is trained, whatever it is called and wherever it lies."""
+    hashed = hashlib.sha256()
+    for item in items:
+        digest = item.example.facts.digest if item.example.facts else ""
+        told = [digest, item.example.weight, item.example.repeats, item.captions, [str(view) for view in item.views]]
+        hashed.update(json.dumps(told).encode())
+    return hashed.hexdigest()
+
+
+def _cut(file: Path, step: int) -> None:
+    """Leave out of the log what was done after the checkpoint: it is done again."""
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        beside = file.with_name(f".{file.name}.writing")
+        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        beside.replace(file)
