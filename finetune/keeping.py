@@ -23,6 +23,8 @@ FREE = frozenset(
      "sample_every", "sample_prompts", "sample_steps", "sample_guidance", "cache", "use_cache"}
 )  # fmt: skip
 """Settings that may change between a checkpoint and what goes on from it: nothing that is trained follows from them."""
+ROLLBACKS = 3
+"""How often a run goes back by itself before it gives up."""
 log = logging.getLogger(__name__)
 
 
@@ -33,6 +35,7 @@ class Keeper:
         """`run`: the recipe's whole configuration. Raises Fault when the folder does not suit."""
         self.folder, self.resume, self.allow_changed = output.output, output.resume, output.allow_changed
         self.train, self.leads = train, leads
+        self.rolled_back = 0
         self.config = replace(run, output=replace(output, resume=False, allow_changed=False))
         _require(self.folder, self.resume)
 
@@ -67,6 +70,18 @@ class Keeper:
         if self.leads:
             _cut(self.folder / LOG, found.step)
         return "; ".join([*said, f"goes on after step {found.step}"])
+
+    def roll_back(self, training: Training) -> str | None:
+        """Go back to the last checkpoint, at half the rate. What to say; None without one, or after three times."""
+        found, _ = checkpoints.newest(self.folder)
+        self.rolled_back += 1
+        if found is None or self.rolled_back > ROLLBACKS:
+            return None
+        training.load(found.step, found.state["training"])
+        training.slow_down(0.5**self.rolled_back)
+        if self.leads:
+            _cut(self.folder / LOG, found.step)
+        return f"back to step {found.step}, on at {0.5**self.rolled_back:g} of the rate"
 
     def keep(self, training: Training, state: str = "running") -> None:
         """Write a checkpoint of this step."""

@@ -38,6 +38,10 @@ class Report:
     seconds: float
 
 
+class NotFinite(Failure):
+    """A step's loss or gradient is NaN or infinite. The step was not applied."""
+
+
 class PictureLoss(nn.Module):
     """Loss of each picture, (B,). Holds the modules that train, so that one wrapper serves all (autocast, DDP)."""
 
@@ -124,7 +128,7 @@ class Training:
     def __iter__(self) -> Iterator[Report]:
         """Take the steps that are left, yielding after each.
 
-        Raises Failure, before anything is changed, when a step's loss or gradient is not finite.
+        Raises NotFinite, before anything is changed, when a step's loss or gradient is not finite.
         """
         self.model.train()
         while self.done < self.train.steps:
@@ -158,6 +162,13 @@ class Training:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.done = done
+
+    def slow_down(self, factor: float) -> None:
+        """Multiply all learning rates, now and to come."""
+        self.scheduler.base_lrs = [rate * factor for rate in self.scheduler.base_lrs]
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _step(self) -> Report:
         start, lr, step = time.perf_counter(), float(self.scheduler.get_last_lr()[0]), self.done
@@ -222,9 +233,10 @@ def _require_finite(loss: float, norm: float, step: int, batches: Batches, accel
     """Infinite gradients are part of fp16's search for a loss scale; everywhere else they end the run."""
     if math.isfinite(loss) and (math.isfinite(norm) or accelerator.scaler is not None):
         return
-    raise Failure(
+    raise NotFinite(
         f"step {step + 1}: the loss is {loss}, its gradient's norm {norm}; the step was not applied. "
-        "Try a lower --lr, or --precision fp32. The pictures of this step:",
+        "The state before it is kept. Try a lower --lr or --precision fp32, or let --on-nan rollback lower the rate. "
+        "The pictures of this step:",
         batches.names(step),
     )
 

@@ -32,10 +32,10 @@ from finetune.adapters import Group
 from finetune.data import Item
 from finetune.data.encoding import Turn
 from finetune.data.reading import concepts
-from finetune.errors import Failure, Fault, Stopped
+from finetune.errors import Fault, Stopped
 from finetune.families import Family, Source
 from finetune.keeping import LOG, Keeper
-from finetune.loop import Training
+from finetune.loop import NotFinite, Training
 from finetune.settings import Optim, Output, Train
 from finetune.signals import Signals
 
@@ -133,18 +133,10 @@ class Run:
         """
         with Signals() as signals:
             try:
-                for step in self._reported(training):
-                    yield step
-                    asked = self._agreed(signals.received)
-                    if asked or due(step, self.train.checkpoint_every) or step == self.train.steps:
-                        self.keeper.keep(training, "stopped" if asked else "running")
-                        self.accelerator.wait_for_everyone()
-                    if asked:
-                        raise Stopped(
-                            f"Stopped by {asked} after step {step} of {self.train.steps}; the state is kept. Go on: "
-                            f"`finetune train --output {self.folder} --resume`."
-                        )
-            except Failure:
+                while training.done < self.train.steps:
+                    yield from self._until_done(training, signals)
+            except NotFinite:
+                self.keeper.keep(training, "failed")
                 self.keeper.end("failed")
                 raise
             except BaseException:
@@ -152,6 +144,25 @@ class Run:
                 raise
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+    def _until_done(self, training: Training, signals: Signals) -> Iterator[int]:
+        """The steps that are left, or those up to one that is not finite and is gone back from."""
+        try:
+            for step in self._reported(training):
+                yield step
+                asked = self._agreed(signals.received)
+                if asked or due(step, self.train.checkpoint_every) or step == self.train.steps:
+                    self.keeper.keep(training, "stopped" if asked else "running")
+                    self.accelerator.wait_for_everyone()
+                if asked:
+                    raise Stopped(
+                        f"Stopped by {asked} after step {step} of {self.train.steps}; the state is kept. Go on: "
+                        f"`finetune train --output {self.folder} --resume`."
+                    )
+        except NotFinite as fault:
+            if self.train.on_nan == "stop" or not (said := self.keeper.roll_back(training)):
+                raise
+            self.say(f"{fault.message.partition(';')[0]}: {said}")
 
     def _agreed(self, received: str | None) -> str | None:
         """What any of the processes received: they stop together."""

@@ -12,8 +12,10 @@ from typing import Annotated, Literal
 from tyro.conf import Suppress, arg
 
 Precision = Literal["fp32", "bf16", "fp16"]
-Schedule = Literal["constant", "cosine", "linear"]
-Optimizer = Literal["auto", "adamw", "adamw8bit"]
+Schedule = Literal["constant", "cosine", "linear", "polynomial"]
+Optimizer = Literal[
+    "auto", "adamw", "adamw8bit", "pagedadamw8bit", "lion8bit", "adafactor", "prodigy", "schedulefree", "came"
+]
 
 
 @dataclass(frozen=True)
@@ -188,9 +190,12 @@ class Optim:
     text_encoder_lr: float | None = None
     """Train the text encoders too, at this rate. Default: they stay frozen."""
     optimizer: Optimizer = "auto"
-    """`adamw8bit` (bitsandbytes; state of two bytes a parameter) or `adamw`. `auto`: 8-bit on a GPU, else AdamW."""
+    """`auto`: adamw8bit (bitsandbytes; state of two bytes a parameter) on a GPU, else adamw. `prodigy` finds the rate
+    itself (--lr 1), `schedulefree` needs no schedule; the README says which libraries they come from."""
     schedule: Schedule = "constant"
-    """How the rate goes on after the warm-up."""
+    """How the rate goes on after the warm-up: as it is, or falling to zero at the last step."""
+    schedule_power: float = 2.0
+    """Exponent of `--schedule polynomial`: the rate is lr * (share of the steps that is left) ** power."""
     warmup: int = 0
     """Steps over which the rate rises from zero."""
     weight_decay: float = 1e-2
@@ -217,6 +222,9 @@ class Train:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_every: int = 0
     """Export what was trained every so many steps, beside the end's. 0: only the end's."""
+    on_nan: Literal["stop", "rollback"] = "stop"
+    """When a loss or gradient is not finite: `stop`, the last good state being kept, or `rollback`: go back to the last
+    checkpoint and on from it at half the rate, up to three times."""
     checkpoint_every: int = 100
     """Keep the whole state of the training every so many steps, to go on from after a stop (--resume). 0: only when it
     is stopped by a signal."""

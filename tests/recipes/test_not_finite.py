@@ -1,0 +1,132 @@
+"""NaN: the step is not applied, its pictures are named, the last good state is kept, a lower rate may go on from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from finetune import batches, checkpoints, cli, loop
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(3):
+        Image.effect_noise((64, 64), 30 + 60 * number).convert("RGB").save(folder / f"{number}.png")
+    return folder
+
+
+def train(model: Path, pictures: Path, output: Path, *flags: str) -> None:
+    given = ["--model", str(model), "--data", str(pictures), "--output", str(output), "--prompt", "sks", "--no-prior"]
+    cli.main(["train", "lora", *given, "--tracker", "none", "--steps", "6", "--checkpoint-every", "2", *flags])
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, name: str, times: int = 99) -> None:
+    """NaN in the latents of one picture, as often as said."""
+    picture, left = batches.Batches._picture, [times]
+
+    def broken(self: batches.Batches, item: object, place: object) -> batches.Picture:
+        made = picture(self, item, place)  # type: ignore[arg-type]
+        if made.example.name == name and left[0]:
+            left[0] -= 1
+            made.latents.fill_(float("nan"))
+        return made
+
+    monkeypatch.setattr(batches.Batches, "_picture", broken)
+
+
+def finite(run: Path) -> bool:
+    found, broken = checkpoints.newest(run)
+    assert found is not None and not broken
+    return all(value.isfinite().all() for value in found.state["training"]["parameters"].values())
+
+
+def test_nan_in_one_pictures_latents_is_named_and_nothing_is_poisoned(
+    tiny_models: dict[str, Path],
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plant(monkeypatch, "1.png")
+    with pytest.raises(SystemExit) as stop:
+        train(tiny_models["sd"], pictures, tmp_path / "run")
+    assert stop.value.code == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the loss is nan" in said and '1.png: "sks"' in said and "not applied" in said
+    assert finite(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "failed"
+    monkeypatch.undo()
+    cli.main(["train", "--output", str(tmp_path / "run"), "--resume"])
+    train(tiny_models["sd"], pictures, tmp_path / "whole")
+    assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == (
+        tmp_path / "whole" / "adapter.safetensors"
+    ).read_bytes()
+
+
+def test_nan_in_a_gradient_stops_before_the_step(
+    tiny_models: dict[str, Path],
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    accumulate = loop._accumulate
+
+    def broken(model: torch.nn.Module, *given: object) -> float:
+        loss = accumulate(model, *given)  # type: ignore[arg-type]
+        if given[1] == 3:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("inf"))  # type: ignore[union-attr]
+        return loss
+
+    monkeypatch.setattr(loop, "_accumulate", broken)
+    with pytest.raises(SystemExit):
+        train(tiny_models["sd"], pictures, tmp_path / "run")
+    assert "step 4: the loss is" in capsys.readouterr().err
+    found, _ = checkpoints.newest(tmp_path / "run")
+    assert found is not None and found.step == 3 and finite(tmp_path / "run")
+
+
+def test_rollback_goes_on_at_a_lower_rate(
+    tiny_models: dict[str, Path],
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The NaN comes once, after the first checkpoint: what a rate too high does."""
+    accumulate, left = loop._accumulate, [1]
+
+    def broken(*given: object) -> float:
+        loss = accumulate(*given)  # type: ignore[arg-type]
+        if given[2] == 3 and left[0]:
+            left[0] -= 1
+            return float("nan")
+        return loss
+
+    monkeypatch.setattr(loop, "_accumulate", broken)
+    train(tiny_models["sd"], pictures, tmp_path / "run", "--on-nan", "rollback", "--lr", "1e-3")
+    assert "step 4: the loss is nan" in (said := " ".join(capsys.readouterr().out.split()))
+    assert "back to step 2, on at 0.5 of the rate" in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["lr"]) for line in lines] == [
+        (1, 1e-3), (2, 1e-3), (3, 5e-4), (4, 5e-4), (5, 5e-4), (6, 5e-4),
+    ]  # fmt: skip
+
+
+def test_rollback_gives_up_in_the_end(
+    tiny_models: dict[str, Path],
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plant(monkeypatch, "1.png")
+    with pytest.raises(SystemExit) as stop:
+        train(tiny_models["sd"], pictures, tmp_path / "run", "--on-nan", "rollback", "--batch-size", "3")
+    assert stop.value.code == 1 and "1.png" in capsys.readouterr().err
