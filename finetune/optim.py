@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from finetune.adapters import Group
+from finetune.errors import Fault
 from finetune.settings import Optim
 
 BETAS = (0.9, 0.999)
+OWN_RATE = (0.1, 10.0)
+"""Rates that make sense for an optimizer which finds its own: factors on what it finds, 1 being as it is."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """An optimizer: where it is, and what is told to it beside the rates and the weight decay."""
+
+    package: str
+    """What `pip install` calls the library."""
+    module: str
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+KNOWN = {
+    # Loshchilov & Hutter 2017, 1711.05101
+    "adamw": Known("torch", "torch.optim", "AdamW", {"betas": BETAS, "fused": True}),
+    # Dettmers et al. 2021, 2110.02861
+    "adamw8bit": Known("bitsandbytes", "bitsandbytes.optim", "AdamW8bit", {"betas": BETAS}),
+    # The same, its state moved out of the GPU's memory when that is short (Dettmers et al. 2023, 2305.14314)
+    "pagedadamw8bit": Known("bitsandbytes", "bitsandbytes.optim", "PagedAdamW8bit", {"betas": BETAS}),
+    # Chen et al. 2023, 2302.06675
+    "lion8bit": Known("bitsandbytes", "bitsandbytes.optim", "Lion8bit", {"betas": (0.9, 0.99)}),
+    # Shazeer & Stern 2018, 1804.04235, at the rate that is given: an adapter's zeros have no scale to follow
+    "adafactor": Known(
+        "transformers", "transformers.optimization", "Adafactor", {"relative_step": False, "scale_parameter": False}
+    ),
+    # Mishchenko & Defazio 2023, 2306.06101
+    "prodigy": Known(
+        "prodigyopt", "prodigyopt", "Prodigy", {"betas": BETAS, "use_bias_correction": True, "safeguard_warmup": True}
+    ),
+    # Defazio et al. 2024, 2405.15682
+    "schedulefree": Known("schedulefree", "schedulefree", "AdamWScheduleFree", {"betas": BETAS}),
+    # Luo et al. 2023, 2307.02047
+    "came": Known("pytorch_optimizer", "pytorch_optimizer", "CAME", {"betas": (0.9, 0.999, 0.9999)}),
+}
 
 
 def resolve(name: str, device: torch.device) -> str:
@@ -18,21 +62,111 @@ def resolve(name: str, device: torch.device) -> str:
     return {"cuda": "adamw8bit"}.get(device.type, "adamw") if name == "auto" else name
 
 
-def optimizer(groups: list[Group], settings: Optim, device: torch.device) -> Optimizer:
-    """The optimizer over all groups, each at its own rate."""
-    rates = [{"params": group.parameters, "lr": group.lr} for group in groups]
-    match resolve(settings.optimizer, device):
-        case "adamw":
-            return torch.optim.AdamW(rates, betas=BETAS, weight_decay=settings.weight_decay, fused=True)
-        case "adamw8bit":
-            from bitsandbytes.optim import AdamW8bit
+def check(settings: Optim) -> None:
+    """Refuse what an optimizer cannot do as it was asked, and one that is not installed. Needs no model."""
+    name = settings.optimizer
+    low, high = OWN_RATE
+    if name == "prodigy" and not low <= settings.lr <= high:
+        raise Fault(
+            f"--optimizer prodigy --lr {settings.lr:g}: it finds the rate itself; --lr is a factor on what it finds, "
+            f"from {low:g} to {high:g}. Say --lr 1."
+        )
+    if name == "prodigy" and settings.text_encoder_lr not in (None, settings.lr):
+        raise Fault(
+            f"--optimizer prodigy --lr {settings.lr:g} --text-encoder-lr {settings.text_encoder_lr:g}: it finds one "
+            f"rate for all that trains. Say --text-encoder-lr {settings.lr:g}, or leave it out."
+        )
+    if name == "schedulefree" and settings.schedule != "constant":
+        raise Fault(
+            f"--optimizer schedulefree --schedule {settings.schedule}: its averaging of the weights stands in for a "
+            "falling rate. Say --schedule constant; --warmup is welcome."
+        )
+    if settings.schedule_power <= 0:
+        raise Fault(f"--schedule-power {settings.schedule_power:g}: more than 0. 1 is linear, 2 is usual.")
+    if name != "auto":
+        _class(name)
 
-            return AdamW8bit(rates, betas=BETAS, weight_decay=settings.weight_decay)
-        case name:
-            raise ValueError(f"unknown optimizer {name!r}")
+
+def optimizer(groups: list[Group], settings: Optim, device: torch.device) -> Optimizer:
+    """The optimizer over all groups, each at its own rate, ready to step. Raises Fault, see `check`."""
+    check(settings)
+    name = resolve(settings.optimizer, device)
+    rates = [{"params": group.parameters, "lr": group.lr} for group in groups]
+    with redirect_stdout(None):  # Prodigy prints how it decays weights
+        made = _class(name)(rates, lr=settings.lr, weight_decay=settings.weight_decay, **KNOWN[name].options)
+    _switch(made, "train")
+    return made
+
+
+@contextmanager
+def settled(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, the weights are those to use: to sample, measure, export. Afterwards all is as before, to the bit.
+
+    Of most optimizers they are the weights that train. The schedule-free ones train at points between an average and
+    the latest weights, and the average is what is learned (Defazio et al. 2024, 2405.15682, eq. 6-8).
+    """
+    if not hasattr(_inner(optimizer), "eval"):
+        yield
+        return
+    training = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+    _switch(optimizer, "eval")
+    try:
+        yield
+    finally:
+        _switch(optimizer, "train")
+        with torch.no_grad():
+            for parameter, value in training:
+                parameter.copy_(value)  # going there and back would round
+
+
+def settle(optimizer: Optimizer) -> None:
+    """After the last step: the weights become those to use, for good."""
+    _switch(optimizer, "eval")
 
 
 def schedule(optimizer: Optimizer, settings: Optim, steps: int) -> LRScheduler:
     """The rate over the run: a linear warm-up, then constant, or falling to zero at the last step."""
+    if settings.schedule == "polynomial":
+        return _polynomial(optimizer, settings.warmup, steps, settings.schedule_power)
     name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
     return get_scheduler(name, optimizer, num_warmup_steps=settings.warmup, num_training_steps=steps)
+
+
+def _polynomial(optimizer: Optimizer, warmup: int, steps: int, power: float) -> LRScheduler:
+    """lr * (share of the steps after the warm-up that is left) ** power.
+
+    diffusers' own takes one rate for all groups and ends at 1e-7.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        return (max(0, steps - step) / max(1, steps - warmup)) ** power
+
+    return LambdaLR(optimizer, factor)
+
+
+def _class(name: str) -> Any:
+    known = KNOWN[name]
+    try:
+        return getattr(importlib.import_module(known.module), known.name)
+    except ModuleNotFoundError as error:
+        if error.name != known.module.partition(".")[0]:
+            raise
+        raise Fault(
+            f"--optimizer {name}: needs the library {known.package}, which is not installed. "
+            f"`pip install {known.package}`, or all of them: `pip install 'finetune-kit[optimizers]'`."
+        ) from None
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer itself, out of Accelerate's wrapper."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _switch(optimizer: Optimizer, mode: str) -> None:
+    """Tell the optimizers that ask for it whether what follows is training or use of the weights."""
+    if switch := getattr(_inner(optimizer), mode, None):
+        switch()
