@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from finetune import keys
+from finetune import keys, objective
 from finetune.data.encoding import Encodings
 from finetune.data.examples import Example, Item
 from finetune.data.framing.geometry import Geometry
 from finetune.data.order import Draw, Order
+from finetune.settings import Loss
 
 Place = tuple[keys.Index, ...]
 """What the draws of a picture follow from, beside the seed and their purpose."""
+LESSON = "lesson"
+"""What the place of a lesson begins with."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Picture:
     timestep: int
     mask: Tensor  # (1, h, w)
     lesson: Tensor | None  # (C, h, w) the frozen base's prediction, where it was asked beforehand
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,13 @@ class Batch:
     masked: Tensor  # (B,) bool: has a mask at all
     taught: Tensor  # (B,) bool: the target is what the frozen base predicts
     lessons: Tensor | None  # (B, C, h, w) what the base predicted, of those that are taught; None: ask it now
+    seed: int
+    places: list[Place]
+    extra: Tensor | None = None  # (B, C, h, w) noise that is put on the input and is no part of the target
+
+    @property
+    def input_noise(self) -> Tensor:
+        return self.noise if self.extra is None else self.noise + self.extra
 
 
 class Batches:
@@ -84,6 +95,8 @@ class Batches:
             masked=torch.tensor([picture.example.mask is not None for picture in pictures], device=self.device),
             taught=torch.tensor([picture.example.taught for picture in pictures], device=self.device),
             lessons=self._stacked(lessons) if lessons else None,
+            seed=self.order.seed,
+            places=[picture.place for picture in pictures],
         )
 
     def _picture(self, item: Item, place: Place) -> Picture:
@@ -100,6 +113,7 @@ class Batches:
             keys.integer(0, self.timesteps, seed, "timestep", *place),
             self.data.mask(item, view),
             None if example.lesson is None else self.data.lessons.get(example.lesson),
+            place,
         )
 
     def _caption(self, item: Item, place: Place) -> str:
@@ -114,6 +128,40 @@ class Batches:
         return torch.stack(list(values)).to(self.device)
 
 
+def drawn(batch: Batch, settings: Loss, timesteps: int) -> Batch:
+    """The batch with its noise and timesteps drawn as the loss's settings say. Lessons keep what the base was asked."""
+    if settings.timesteps != "uniform" or settings.timestep_shift != 1:
+        told = batch.timesteps.tolist()
+        fresh = [_timestep(batch.seed, place, settings, timesteps) for place in batch.places]
+        kept = [old if place[0] == LESSON else new for place, old, new in zip(batch.places, told, fresh, strict=True)]
+        batch = replace(batch, timesteps=batch.timesteps.new_tensor(kept))
+    if (
+        settings.noise_offset
+    ):  # eps + offset * n, n one number a channel (Guttenberg 2023, "Diffusion with offset noise")
+        offset = _normal(batch, "noise offset", (batch.noise.shape[1], 1, 1))
+        batch = replace(batch, noise=batch.noise + settings.noise_offset * offset)
+    if settings.input_perturbation:  # x_t of eps + gamma xi, the target of eps (Ning et al. 2023, 2301.11706, alg. 1)
+        xi = _normal(batch, "input perturbation", tuple(batch.noise.shape[1:]))
+        batch = replace(batch, extra=settings.input_perturbation * xi)
+    return batch
+
+
+def _timestep(seed: int, place: Place, settings: Loss, timesteps: int) -> int:
+    if settings.timesteps == "logit_normal":
+        normal = float(keys.normal((1,), seed, "timestep logit", *place))
+        t = objective.logit_normal(normal, settings.logit_mean, settings.logit_std)
+    else:
+        t = keys.uniform(seed, "timestep share", *place)
+    return min(int(objective.shifted(t, settings.timestep_shift) * timesteps), timesteps - 1)
+
+
+def _normal(batch: Batch, purpose: str, shape: tuple[int, ...]) -> Tensor:
+    """Noise of each picture, zero for lessons. (B, *shape)"""
+    zero = torch.zeros(shape)
+    each = [zero if place[0] == LESSON else keys.normal(shape, batch.seed, purpose, *place) for place in batch.places]
+    return torch.stack(each).to(batch.noise)
+
+
 def _place(item: Item, step: int, slot: int) -> Place:
     """What the draws of a picture follow from. Those of a lesson are always the same."""
-    return (step, slot) if item.example.lesson is None else ("lesson", item.example.lesson)
+    return (step, slot) if item.example.lesson is None else (LESSON, item.example.lesson)

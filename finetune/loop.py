@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from finetune import adapters, families, keys, optim
 from finetune.adapters import Group
-from finetune.batches import Batch, Batches
+from finetune.batches import Batch, Batches, drawn
 from finetune.data.encoding import Encodings
 from finetune.data.order import Order
 from finetune.errors import Failure, Fault
 from finetune.families import Conditions, Family
-from finetune.objective import loss_per_picture
+from finetune.objective import check, loss_per_picture
 from finetune.settings import Loss, Optim, Train
 
 
@@ -55,21 +55,31 @@ class PictureLoss(nn.Module):
 
         m is 1 inside a picture's mask and `unmasked_weight` outside, base the frozen base's prediction and u
         `unmasked_prior`. Where a picture is taught, the base's prediction is the target (prior preservation without
-        class pictures).
+        class pictures). With `error`, another error stands for the square.
         """
-        t, settings = batch.timesteps, self.settings
-        noised = self.objective.noised(batch.latents, batch.noise, t)
+        settings, objective = self.settings, self.objective
+        check(settings, objective.prediction)
+        if settings.zero_terminal_snr:
+            if batch.lessons is not None:
+                raise Fault("--zero-terminal-snr: the base was asked about other noise. Say --prior-from pictures.")
+            objective = objective.zero_terminal()
+        batch = drawn(batch, settings, objective.timesteps)
+        t = batch.timesteps
+        noised = objective.noised(batch.latents, batch.input_noise, t)
         held = batch.masked & (settings.unmasked_prior > 0)
         base = self.base(batch, noised, batch.taught | held)
         prediction = self.family.predict(noised, t, self._conditions(batch.captions, t.device), batch.sizes)
-        target = torch.where(_per_picture(batch.taught), base, self.objective.target(batch.latents, batch.noise, t))
+        target = torch.where(_per_picture(batch.taught), base, objective.target(batch.latents, batch.noise, t))
         inside = batch.masks + settings.unmasked_weight * (1 - batch.masks)
-        loss = loss_per_picture(prediction, target, inside)
+        how = settings.error, settings.huber_delta
+        loss = loss_per_picture(prediction, target, inside, *how)
         if held.any():
             outside = (1 - batch.masks) * _per_picture(held)
-            loss = loss + settings.unmasked_prior * loss_per_picture(prediction, base, outside)
+            loss = loss + settings.unmasked_prior * loss_per_picture(prediction, base, outside, *how)
         if settings.min_snr_gamma is not None:
-            loss = loss * self.objective.min_snr(t, settings.min_snr_gamma)
+            loss = loss * objective.min_snr(t, settings.min_snr_gamma)
+        if settings.debiased:
+            loss = loss * objective.debiased(t)
         return loss
 
     def base(self, batch: Batch, noised: Tensor, wanted: Tensor) -> Tensor:

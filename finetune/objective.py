@@ -6,11 +6,15 @@ alpha_bar: the cumulative product of the noise schedule, (T,).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+
+from finetune.errors import Fault
+from finetune.settings import Loss
 
 Prediction = Literal["epsilon", "v_prediction"]
 
@@ -34,6 +38,14 @@ class Objective(Protocol):
 
     def min_snr(self, t: Tensor, gamma: float) -> Tensor:
         """Weight per picture, (B,)."""
+        ...
+
+    def debiased(self, t: Tensor) -> Tensor:
+        """Weight per picture, (B,)."""
+        ...
+
+    def zero_terminal(self) -> Objective:
+        """The same with pure noise at the last timestep."""
         ...
 
 
@@ -79,6 +91,14 @@ class Diffusion:
         """Weight per picture, (B,)."""
         return min_snr_weight(self.snr(t), gamma, self.prediction)
 
+    def debiased(self, t: Tensor) -> Tensor:
+        """Weight per picture, (B,)."""
+        return debiased_weight(self.snr(t), self.prediction)
+
+    def zero_terminal(self) -> Diffusion:
+        """The same with pure noise at the last timestep."""
+        return replace(self, alphas_cumprod=rescale_zero_terminal_snr(self.alphas_cumprod))
+
 
 def min_snr_weight(snr: Tensor, gamma: float, prediction: Prediction) -> Tensor:
     """Min-SNR-gamma (Hang et al. 2023, 2303.09556): weights w of the loss on x0 are min(SNR, gamma).
@@ -90,11 +110,69 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: Prediction) -> Tensor:
     return clipped / snr if prediction == "epsilon" else clipped / (snr + 1)
 
 
-def loss_per_picture(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean squared error of each picture, (B,), in float32 whatever the inputs' precision.
+def debiased_weight(snr: Tensor, prediction: Prediction) -> Tensor:
+    """Debiased estimation (Yu et al. 2023, 2310.08442): 1 / sqrt(SNR) for the noise's loss.
+
+    That is sqrt(SNR) for the loss on x0, and so sqrt(SNR) / (SNR + 1) for the velocity.
+    """
+    return 1 / snr.sqrt() if prediction == "epsilon" else snr.sqrt() / (snr + 1)
+
+
+def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """alpha_bar with alpha_bar_T = 0: its root shifted, then scaled at the start (Lin et al. 2305.08891, alg. 1)."""
+    root = alphas_cumprod.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+def logit_normal(normal: float, mean: float, std: float) -> float:
+    """A share of T whose logit is normal (Esser et al. 2024, 2403.03206, eq. 19)."""
+    return 1 / (1 + math.exp(-(mean + std * normal)))
+
+
+def shifted(t: float, shift: float) -> float:
+    """s t / (1 + (s - 1) t), t a share of T (Esser et al. 2024, 2403.03206, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def check(settings: Loss, prediction: str | None = None) -> None:
+    """Refuse settings that make no sense together, or, where it is known, not with what the model predicts."""
+    if settings.min_snr_gamma is not None and settings.debiased:
+        raise Fault("--min-snr-gamma and --debiased: both weigh the timesteps. Choose one of them.")
+    for name in ("huber_delta", "timestep_shift", "logit_std"):
+        if getattr(settings, name) <= 0:
+            raise Fault(f"--{name.replace('_', '-')} {getattr(settings, name):g}: more than 0.")
+    for name in ("noise_offset", "input_perturbation"):
+        if getattr(settings, name) < 0:
+            raise Fault(f"--{name.replace('_', '-')} {getattr(settings, name):g}: 0 or more.")
+    if settings.zero_terminal_snr and prediction not in (None, "v_prediction"):
+        raise Fault(
+            f"--zero-terminal-snr: the model predicts {prediction}. At the last timestep its input would be pure noise "
+            "and what it must tell the same: it learns nothing. Take a model that predicts the velocity (v_prediction)."
+        )
+
+
+def loss_per_picture(
+    prediction: Tensor, target: Tensor, weights: Tensor | None = None, kind: str = "l2", delta: float = 0.1
+) -> Tensor:
+    """Mean error of each picture, (B,), in float32 whatever the inputs' precision.
+
+    The error is the square e^2, or Huber's (1964): e^2 up to delta, then delta (2 |e| - delta); smooth_l1 is that by
+    delta. Both are twice PyTorch's, so that a small error counts as much as by its square.
 
     With weights (B, 1, H, W), a mask: mean(m * (prediction - target)^2), the mean over all of the picture, so that a
     small mask means a small loss and the area inside is learned at the same rate whatever lies around it.
     """
-    error = torch.nn.functional.mse_loss(prediction.float(), target.float(), reduction="none")
+    error = _error(prediction.float(), target.float(), kind, delta)
     return (error if weights is None else error * weights).flatten(1).mean(1)
+
+
+def _error(prediction: Tensor, target: Tensor, kind: str, delta: float) -> Tensor:
+    match kind:
+        case "l2":
+            return torch.nn.functional.mse_loss(prediction, target, reduction="none")
+        case "huber":
+            return 2 * torch.nn.functional.huber_loss(prediction, target, reduction="none", delta=delta)
+        case "smooth_l1":
+            return 2 * torch.nn.functional.smooth_l1_loss(prediction, target, reduction="none", beta=delta)
+        case _:
+            raise ValueError(f"unknown error {kind!r}")

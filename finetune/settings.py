@@ -242,6 +242,27 @@ class Loss:
     """Min-SNR loss weighting (Hang et al. 2023, 2303.09556); 5 is usual. Default: no weighting."""
     unmasked_weight: float = 0.0
     """Weight of the loss outside the masks; 1 ignores them."""
+    debiased: bool = False
+    """Debiased estimation (Yu et al. 2023, 2310.08442): the noise's loss weighs 1 / sqrt(SNR)."""
+    error: Literal["l2", "huber", "smooth_l1"] = "l2"
+    """What of an error is learned from: its square; or, beyond --huber-delta, no more than its size, so that odd
+    pictures pull less (Huber 1964). smooth_l1 is huber / delta."""
+    huber_delta: float = 0.1
+    """Where huber and smooth_l1 go from the square to the size."""
+    noise_offset: float = 0.0
+    """Add so much noise that is the same all over a picture, for darker darks (Guttenberg 2023); 0.05 is usual."""
+    input_perturbation: float = 0.0
+    """Noise the input by so much more than the target says (Ning et al. 2023, 2301.11706); 0.1 is usual."""
+    zero_terminal_snr: bool = False
+    """Let the last timestep be pure noise (Lin et al. 2023, 2305.08891, section 3.1), for a v-prediction model."""
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    """How timesteps are drawn; logit_normal: mostly from the middle (Esser et al. 2024, 2403.03206, section 3.1)."""
+    logit_mean: float = 0.0
+    """Mean of logit_normal: above 0 is noisier."""
+    logit_std: float = 1.0
+    """Spread of logit_normal."""
+    timestep_shift: float = 1.0
+    """Shift timesteps to the noisier (above 1; 3 is usual) or the cleaner (below 1), as Esser et al. 2024, eq. 23."""
     unmasked_prior: float = 0.0
     """Outside the masks, hold the model with this weight to what the frozen base predicts there (LoRA only)."""
 
