@@ -18,11 +18,15 @@ from finetune.loop import Training
 from finetune.settings import Output, Train
 
 LOG = "log.jsonl"
-FREE = frozenset(
-    {"output", "resume", "allow_changed", "tracker", "save_every", "checkpoint_every", "keep_last", "keep_every",
-     "sample_every", "sample_prompts", "sample_steps", "sample_guidance", "cache", "use_cache"}
-)  # fmt: skip
-"""Settings that may change between a checkpoint and what goes on from it: nothing that is trained follows from them."""
+FREE = frozenset({
+    *("output", "resume", "allow_changed", "tracker", "cache", "use_cache", "batch_size", "accumulation", "processes"),
+    *("save_every", "checkpoint_every", "keep_last", "keep_every", "on_nan"),
+    *("sample_every", "sample_prompts", "sample_steps", "sample_guidance"),
+})  # fmt: skip
+"""Settings that may change between a checkpoint and what goes on from it: nothing that is trained follows from them.
+
+Of how a step is split into passes and processes only the number of its pictures counts, which `identity` holds.
+"""
 ROLLBACKS = 3
 """How often a run goes back by itself before it gives up."""
 log = logging.getLogger(__name__)
@@ -58,7 +62,8 @@ class Keeper:
 
         Raises Fault when settings, base or data are not those that it was made with.
         """
-        self.identity = {"base": base, "data": _identity([*training.batches.data.subjects])}
+        order = training.batches.order
+        self.identity = {"base": base, "data": _identity(order.subjects), "pictures a step": str(order.batch)}
         if not self.resume:
             return None
         found, broken = checkpoints.newest(self.folder)
@@ -105,7 +110,9 @@ class Keeper:
 
     def _require_same(self, settings: Mapping[str, Any], identity: Mapping[str, str]) -> None:
         lines = ledger.changes(settings, config.asdict(self.config), FREE)
-        lines += [f"{name}: not what it was made with" for name in identity if identity[name] != self.identity[name]]
+        told = {"pictures a step": f": {identity['pictures a step']}, now {self.identity['pictures a step']}"}
+        other = [name for name in identity if identity[name] != self.identity[name]]
+        lines += [name + told.get(name, ": not what it was made with") for name in other]
         if lines and not self.allow_changed:
             raise Fault(
                 f"{self.folder}: what the training follows from has changed since its checkpoint. Put it back, or go "

@@ -59,6 +59,7 @@ class Run:
             log_with=None if self.tracker == "none" else self.tracker,
             project_dir=self.folder,
         )
+        _require_processes(train.processes, self.accelerator.num_processes)
         self.console = Console(quiet=not self.leads)
         self.keeper = Keeper(config, output, train, self.leads)
 
@@ -165,9 +166,10 @@ class Run:
             self.say(f"{fault.message.partition(';')[0]}: {said}")
 
     def _agreed(self, received: str | None) -> str | None:
-        """What any of the processes received: they stop together."""
+        """What any of the processes received: they ask one another after every step, and stop together."""
         flag = torch.tensor(float(received is not None), device=self.device)
-        return received or ("a signal" if float(self.accelerator.reduce(flag, "sum")) else None)
+        any_did = float(self.accelerator.reduce(flag, "sum")) > 0
+        return (received or "a signal to another process") if any_did else None
 
     def _reported(self, training: Training) -> Iterator[int]:
         """The steps with their bar, `log.jsonl` and the tracker."""
@@ -240,6 +242,14 @@ def due(step: int, every: int) -> bool:
 def _require_tracker(tracker: str) -> None:
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise Fault(f"--tracker {tracker}: it is not installed. `pip install {tracker}`, or --tracker none.")
+
+
+def _require_processes(asked: int | None, found: int) -> None:
+    if asked is not None and asked != found:
+        raise Fault(
+            f"--processes {asked}: {found} would train. Start them with `torchrun --nproc-per-node {asked} -m finetune "
+            "train ...`, or by accelerate launch with a configuration that says so."
+        )
 
 
 def _require_sense(train: Train) -> None:

@@ -214,6 +214,8 @@ class Train:
     """Subject pictures a pass and process. Prior preservation adds as many class pictures."""
     accumulation: int = 1
     """Passes whose gradients are added up before a step."""
+    processes: int | None = None
+    """Refuse to train with another number of processes than this: launchers may start one and say nothing."""
     precision: Precision = "fp32"
     """Precision of the forward and backward pass. Trained weights stay fp32; fp16 needs a GPU."""
     seed: int = 0
@@ -240,8 +242,6 @@ class Loss:
 
     min_snr_gamma: float | None = None
     """Min-SNR loss weighting (Hang et al. 2023, 2303.09556); 5 is usual. Default: no weighting."""
-    unmasked_weight: float = 0.0
-    """Weight of the loss outside the masks; 1 ignores them."""
     debiased: bool = False
     """Debiased estimation (Yu et al. 2023, 2310.08442): the noise's loss weighs 1 / sqrt(SNR)."""
     error: Literal["l2", "huber", "smooth_l1"] = "l2"
@@ -263,6 +263,8 @@ class Loss:
     """Spread of logit_normal."""
     timestep_shift: float = 1.0
     """Shift timesteps to the noisier (above 1; 3 is usual) or the cleaner (below 1), as Esser et al. 2024, eq. 23."""
+    unmasked_weight: float = 0.0
+    """Weight of the loss outside the masks; 1 ignores them."""
     unmasked_prior: float = 0.0
     """Outside the masks, hold the model with this weight to what the frozen base predicts there (LoRA only)."""
 
