@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -172,6 +172,14 @@ class Training:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.done = done
+
+    def settled(self) -> AbstractContextManager[None]:
+        """Inside, the weights are those to use, where the optimizer trains others: to sample and export on the way."""
+        return optim.settled(self.optimizer)
+
+    def settle(self) -> None:
+        """After the last step: the weights become those to use."""
+        optim.settle(self.optimizer)
 
     def slow_down(self, factor: float) -> None:
         """Multiply all learning rates, now and to come."""

@@ -46,13 +46,14 @@ LOGS = "logs"
 class Run:
     """Made first: a wrong folder or precision is said before a model is loaded. Writes nothing until `begin`."""
 
-    def __init__(self, config: Any, output: Output, train: Train, optim: Optim) -> None:
+    def __init__(self, config: Any, output: Output, train: Train, optimizer: Optim) -> None:
         """`config` is the recipe's whole configuration, kept with the run. Raises Fault when it cannot run as asked."""
-        self.config, self.train, self.optim = config, train, optim
+        self.config, self.train, self.optim = config, train, optimizer
         self.folder, self.tracker = output.output, output.tracker
         self.settings = configuration.asdict(config)
         _require_tracker(self.tracker)
         _require_sense(train)
+        optim.check(optimizer)
         AcceleratorState._reset_state()  # a second run in one process may have another precision
         self.accelerator = Accelerator(
             mixed_precision="no" if train.precision == "fp32" else train.precision,
@@ -143,6 +144,7 @@ class Run:
             except BaseException:
                 self.keeper.end()
                 raise
+        training.settle()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 

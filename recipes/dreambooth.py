@@ -34,6 +34,7 @@ def main(config: Config) -> None:
     report = ft.data.require(config.data, config.captions, config.framing, config.model, run.batch, run.seed)
     examples, _ = ft.data.read(config.data, config.captions, run.seed)
     ft.priors.check(config.prior, config.data, examples)
+    ft.objective.check(config.loss)
     ft.loop.require_no_base(config.loss)
 
     # The base, frozen. It draws the class pictures before it learns anything.
@@ -66,10 +67,12 @@ def main(config: Config) -> None:
     run.resume(training, source)
     for step in run.steps(training):
         if run.leads and ft.due(step, config.train.save_every) and step < config.train.steps:
-            save(f"model-{step:06d}")
+            with training.settled():
+                save(f"model-{step:06d}")
             ft.release_frozen(family)
         if ft.due(step, config.samples.sample_every):
-            ft.preview(run, family, source, config.samples, prompts, max(sides), step)
+            with training.settled():
+                ft.preview(run, family, source, config.samples, prompts, max(sides), step)
 
     # Written, loaded back and compared with the live model before it counts as done.
     if run.leads:

@@ -47,6 +47,7 @@ def main(config: Config) -> None:
     report = ft.data.require(config.data, config.captions, config.framing, config.model, run.batch, run.seed)
     examples, _ = ft.data.read(config.data, config.captions, run.seed)
     ft.priors.check(config.prior, config.data, examples)
+    ft.objective.check(config.loss)
 
     # The base, frozen. It draws the class pictures before anything is added to it.
     source = ft.Source(**vars(config.model))
@@ -71,9 +72,11 @@ def main(config: Config) -> None:
     run.resume(training, source)
     for step in run.steps(training):
         if run.leads and ft.due(step, config.train.save_every) and step < config.train.steps:
-            ft.export.adapter(family, run.folder / f"adapter-{step:06d}.safetensors", settings=run.settings)
+            with training.settled():
+                ft.export.adapter(family, run.folder / f"adapter-{step:06d}.safetensors", settings=run.settings)
         if ft.due(step, config.samples.sample_every):
-            ft.preview(run, family, source, config.samples, prompts, max(sides), step)
+            with training.settled():
+                ft.preview(run, family, source, config.samples, prompts, max(sides), step)
 
     # Written, loaded back and compared with the live model before it counts as done.
     if run.leads:
