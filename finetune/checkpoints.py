@@ -173,7 +173,9 @@ def _free(target: Path) -> Path:
 
 
 def _thin(run: Path, keep_last: int, keep_every: int) -> None:
-    """Remove the older whole ones; broken ones stay, for whoever wants to look."""
+    """Remove the older whole ones, and what a kill left half removed. Broken ones stay, for whoever wants to look."""
+    for half in (run / FOLDER).glob(".step-*.leaving"):
+        shutil.rmtree(half, ignore_errors=True)
     whole = [path for path in _all(run) if (path / MANIFEST).is_file()]
     for path in whole[: max(0, len(whole) - max(1, keep_last))]:
         step = int(path.name.partition("-")[2])
