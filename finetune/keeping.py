@@ -27,6 +27,8 @@ FREE = frozenset({
 
 Of how a step is split into passes and processes only the number of its pictures counts, which `identity` holds.
 """
+BEGINNING = frozenset({ledger.LOCK, ledger.SETTINGS, f".{ledger.FILE}.writing"})
+"""What a run that was killed at its very beginning may have left: there is nothing in it to lose."""
 ROLLBACKS = 3
 """How often a run goes back by itself before it gives up."""
 log = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ class Keeper:
         found, broken = checkpoints.newest(self.folder)
         said = [f"{path.name}: broken, left as it is" for path in broken]
         if found is None:
+            if self.leads:
+                _cut(self.folder / LOG, 0)
             return "; ".join([*said, "no checkpoint yet: the run begins again at its first step"])
         self._require_same(found.state["settings"], found.state["identity"])
         training.load(found.step, found.state["training"])
@@ -127,11 +131,14 @@ def _require(folder: Path, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise Fault(f"{folder}: a file, where --output names a folder.")
     entry = ledger.seen(folder) if folder.is_dir() else None
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if entry is None and there <= BEGINNING and (ledger.SETTINGS in there or not resume):
+        return
     if resume and entry is None:
         raise Fault(f"{folder}: --resume, but there is no run there to go on with. Without --resume a new one begins.")
     if resume and entry is not None and entry.state == "finished":
         raise Fault(f"{folder}: the run there is finished: nothing is left to do. Name a new --output for another one.")
-    if resume or not folder.is_dir() or not any(folder.iterdir()):
+    if resume:
         return
     if entry is not None and entry.state != "finished":
         raise Fault(

@@ -32,7 +32,7 @@ from finetune.adapters import Group
 from finetune.data import Item
 from finetune.data.encoding import Turn
 from finetune.data.reading import concepts
-from finetune.errors import Fault, Stopped
+from finetune.errors import Failure, Fault, Stopped
 from finetune.families import Family, Source
 from finetune.keeping import LOG, Keeper
 from finetune.loop import NotFinite, Training
@@ -137,8 +137,9 @@ class Run:
             try:
                 while training.done < self.train.steps:
                     yield from self._until_done(training, signals)
-            except NotFinite:
-                self.keeper.keep(training, "failed")
+            except Failure as fault:
+                if isinstance(fault, NotFinite):
+                    self.keeper.keep(training, "failed")
                 self.keeper.end("failed")
                 raise
             except BaseException:

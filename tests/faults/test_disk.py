@@ -75,7 +75,7 @@ def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(
     assert sorted(os.listdir(place.run / "checkpoints")) == ["step-000002", "step-000004"]
     assert place.kept() == 4
     entry = ledger.seen(place.run)
-    assert entry is not None and entry.state != "finished" and entry.step == 4
+    assert entry is not None and entry.state == "failed" and entry.step == 4
     assert ended(*place.resume()) == (0, "")
     whole = Place(tmp_path / "whole", place.cache, place.model, place.pictures)
     assert ended(*whole.start()) == (0, "")

@@ -42,7 +42,6 @@ def test_half_a_checkpoint_is_written_again(tmp_path: Path) -> None:
     assert [path.name for path in half.parent.iterdir()] == ["step-000004"]
 
 
-@pytest.mark.xfail(strict=True, reason="the log keeps the steps of a run that begins again at its first")
 def test_the_log_begins_again_with_the_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after its first step and before its first checkpoint."""
     take = loop.Training._step
@@ -54,7 +53,6 @@ def test_the_log_begins_again_with_the_run(place: Place, monkeypatch: pytest.Mon
     assert place.steps() == list(range(1, 13))
 
 
-@pytest.mark.xfail(strict=True, reason="a folder with settings and without run.json is neither resumed nor begun again")
 @pytest.mark.parametrize("reached", ["settings.toml", "run.json"])
 def test_a_run_that_was_killed_while_it_began_is_begun_again(
     reached: str, place: Place, monkeypatch: pytest.MonkeyPatch

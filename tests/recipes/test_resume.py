@@ -211,7 +211,7 @@ def test_one_process_at_a_time(
         train("lora", tiny_models["sd"], pictures, tmp_path / "run")
     lock.release()
     assert stop.value.code == 2
-    assert "there is something there already" in capsys.readouterr().err
+    assert "another process is training there" in capsys.readouterr().err
 
 
 def test_a_run_that_never_kept_anything_begins_again(
