@@ -79,8 +79,8 @@ class Data:
     trigger: str | None = None
     """The word that stands for the subject or style, e.g. sks."""
     template: str | None = None
-    """How a caption is made of the trigger and the picture's own caption. With a trigger: "{trigger}, {caption}", unless
-    the caption holds the trigger already."""
+    """How a caption is made of the trigger and the picture's own caption. With a trigger it is "{trigger}, {caption}",
+    unless the caption holds the trigger already."""
     strict: bool = False
     """Refuse pictures without a caption instead of training them with the prompt."""
     skip: tuple[str, ...] = ()

@@ -59,5 +59,5 @@ def test_latents_that_are_not_finite_are_refused_with_the_remedy(family: Family,
     """As a half-precision VAE makes them (row 26)."""
     with torch.no_grad():
         family.pipeline.vae.quant_conv.bias.fill_(float("inf"))
-    with pytest.raises(Fault, match="0.png: its latents are not finite.*--precision fp32"):
+    with pytest.raises(Fault, match=r"0\.png: its latents are not finite.*--precision fp32"):
         encode(family, items, (), Data(use_cache=False), Captions())
