@@ -41,7 +41,7 @@ class Keeper:
         """`run`: the recipe's whole configuration. Raises Fault when the folder does not suit."""
         self.folder, self.resume, self.allow_changed = output.output, output.resume, output.allow_changed
         self.train, self.leads = train, leads
-        self.rolled_back = 0
+        self.rolled_back, self.factor = 0, 1.0  # how often; and what is left of the rate
         self.config = replace(run, output=replace(output, resume=False, allow_changed=False))
         _require(self.folder, self.resume)
 
@@ -57,7 +57,10 @@ class Keeper:
         if not self.resume:
             (self.folder / ledger.SETTINGS).write_text(config.dumps(self.config), encoding="utf-8")
         recipe = config.recipe_of(self.folder / ledger.SETTINGS) or ""
-        self.entry = ledger.write(self.folder, ledger.Entry(recipe, self.train.steps))
+        before = ledger.read(self.folder) if self.resume else None
+        self.entry = ledger.write(
+            self.folder, ledger.Entry(recipe, self.train.steps, step=before.step if before else 0)
+        )
 
     def go_on(self, training: Training, base: str) -> str | None:
         """Load the newest whole checkpoint where a run is resumed. What there is to say of it.
@@ -76,6 +79,7 @@ class Keeper:
             return "; ".join([*said, "no checkpoint yet: the run begins again at its first step"])
         self._require_same(found.state["settings"], found.state["identity"])
         training.load(found.step, found.state["training"])
+        self.factor = found.state["factor"]
         if self.leads:
             _cut(self.folder / LOG, found.step)
         return "; ".join([*said, f"goes on after step {found.step}"])
@@ -87,10 +91,11 @@ class Keeper:
         if found is None or self.rolled_back > ROLLBACKS:
             return None
         training.load(found.step, found.state["training"])
-        training.slow_down(0.5**self.rolled_back)
+        self.factor /= 2
+        training.slow_down(self.factor / found.state["factor"])  # it may have been kept at a lower rate already
         if self.leads:
             _cut(self.folder / LOG, found.step)
-        return f"back to step {found.step}, on at {0.5**self.rolled_back:g} of the rate"
+        return f"back to step {found.step}, on at {self.factor:g} of the rate"
 
     def keep(self, training: Training, state: str = "running") -> None:
         """Write a checkpoint of this step."""
@@ -100,6 +105,7 @@ class Keeper:
             "training": training.state(),
             "settings": config.asdict(self.config),
             "identity": self.identity,
+            "factor": self.factor,
         }
         checkpoint = Checkpoint(training.done, kept)
         checkpoints.save(self.folder, checkpoint, self.train.keep_last, self.train.keep_every)

@@ -171,6 +171,7 @@ class Training:
         self.scheduler.load_state_dict(state["schedule"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.optimizer.zero_grad()  # of a step that was not finite, gradients are left
         self.done = done
 
     def settled(self) -> AbstractContextManager[None]:

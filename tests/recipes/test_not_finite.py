@@ -119,6 +119,32 @@ def test_rollback_goes_on_at_a_lower_rate(
     ]  # fmt: skip
 
 
+def test_gradients_of_the_step_that_failed_do_not_stay_and_rates_are_halved_once_each_time(
+    tiny_models: dict[str, Path],
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Gradients are infinite once in step 4 and once in step 6, with a checkpoint at the lower rate in between."""
+    accumulate, left = loop._accumulate, {3: 1, 5: 1}
+
+    def broken(model: torch.nn.Module, *given: object) -> float:
+        loss = accumulate(model, *given)  # type: ignore[arg-type]
+        if left.pop(given[1], 0):  # type: ignore[call-overload]
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(loop, "_accumulate", broken)
+    train(tiny_models["sd"], pictures, tmp_path / "run", "--on-nan", "rollback", "--lr", "1e-3")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "back to step 2, on at 0.5 of the rate" in said and "back to step 4, on at 0.25 of the rate" in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4]
+
+
 def test_rollback_gives_up_in_the_end(
     tiny_models: dict[str, Path],
     pictures: Path,
