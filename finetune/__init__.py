@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from finetune.data.encoding import encode, release_frozen
     from finetune.errors import Failure, Fault
     from finetune.families import Source, load
-    from finetune.loop import Training, ask
+    from finetune.loop import Training, ask, due
     from finetune.previews import preview
-    from finetune.run import Run, due
+    from finetune.run import Run
 
 MODULES = [
     *("adapters", "config", "data", "export", "families", "keys", "loop", "objective", "optim", "priors", "sampling"),
@@ -30,7 +30,7 @@ HOME = {
     "Source": "families",
     "Training": "loop",
     "ask": "loop",
-    "due": "run",
+    "due": "loop",
     "encode": "data.encoding",
     "load": "families",
     "preview": "previews",

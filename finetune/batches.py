@@ -17,8 +17,8 @@ from finetune.settings import Loss
 
 Place = tuple[keys.Index, ...]
 """What the draws of a picture follow from, beside the seed and their purpose."""
-LESSON = "lesson"
-"""What the place of a lesson begins with."""
+LESSON, HELD = "lesson", "validation"
+"""What the place of a lesson, and of a picture that is held out, begins with."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,16 @@ class Batches:
     def lesson(self, item: Item) -> Batch:
         """What the base is asked about beforehand: one picture, at its lesson's own draws."""
         return self._batch([self._picture(item, _place(item, 0, 0))])
+
+    def held(self, shown: Sequence[tuple[Item, int]]) -> Batch:
+        """Held-out pictures of one size, each at the given timestep, under its first caption. What else is drawn
+        follows from the picture itself, whatever is trained beside it."""
+        pictures = []
+        for item, timestep in shown:
+            digest = item.example.facts.digest if item.example.facts else item.example.name
+            picture = self._picture(item, (HELD, digest, *item.size, timestep))
+            pictures.append(replace(picture, caption=item.captions[0], timestep=timestep))
+        return self._batch(pictures)
 
     def names(self, step: int) -> list[str]:
         """The pictures of a step with the captions that they were shown with, for messages."""

@@ -42,13 +42,13 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save(run: Path, checkpoint: Checkpoint, keep_last: int = 2, keep_every: int = 0) -> Path:
+def save(run: Path, checkpoint: Checkpoint, keep_last: int = 2, keep_every: int = 0, best: int | None = None) -> Path:
     """Write a checkpoint of the run, then remove those that are neither among the last ones nor to be kept.
 
-    One of this step that is whole already stays as it is. Raises Failure when it cannot be written; the checkpoints
-    that are there are not touched then.
+    `best`: the step of one that stays whatever its age. One of this step that is whole already stays as it is. Raises
+    Failure when it cannot be written; the checkpoints that are there are not touched then.
     """
-    target = run / FOLDER / f"step-{checkpoint.step:06d}"
+    target = run / name(checkpoint.step)
     if not is_whole(target):
         tensors, tree = pack(checkpoint.state)
         beside = target.with_name(f".{target.name}.writing")
@@ -66,8 +66,18 @@ def save(run: Path, checkpoint: Checkpoint, keep_last: int = 2, keep_every: int 
                 f"{target}: the checkpoint could not be written ({why}); earlier ones are as they were. Make room, "
                 "then go on with --resume."
             ) from error
-    _thin(run, keep_last, keep_every)
+    _thin(run, keep_last, keep_every, best)
     return target
+
+
+def name(step: int) -> str:
+    """Where in a run's folder a checkpoint is."""
+    return f"{FOLDER}/step-{step:06d}"
+
+
+def steps(run: Path) -> list[int]:
+    """The steps of the run's checkpoints that say that they are whole."""
+    return [_step(path) for path in _all(run) if (path / MANIFEST).is_file()]
 
 
 def newest(run: Path) -> tuple[Checkpoint | None, list[Path]]:
@@ -172,14 +182,18 @@ def _free(target: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _thin(run: Path, keep_last: int, keep_every: int) -> None:
+def _step(path: Path) -> int:
+    return int(path.name.partition("-")[2])
+
+
+def _thin(run: Path, keep_last: int, keep_every: int, best: int | None) -> None:
     """Remove the older whole ones, and what a kill left half removed. Broken ones stay, for whoever wants to look."""
     for half in (run / FOLDER).glob(".step-*.leaving"):
         shutil.rmtree(half, ignore_errors=True)
     whole = [path for path in _all(run) if (path / MANIFEST).is_file()]
     for path in whole[: max(0, len(whole) - max(1, keep_last))]:
-        step = int(path.name.partition("-")[2])
-        if not (keep_every and step % keep_every == 0):
+        step = _step(path)
+        if step != best and not (keep_every and step % keep_every == 0):
             leaving = path.with_name(f".{path.name}.leaving")
             os.replace(path, leaving)  # a kill half-way leaves no half checkpoint under its name
             shutil.rmtree(leaving)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune.errors import Fault
+from finetune.settings import Optim, Train
+
+
+def check(train: Train, optim: Optim) -> None:
+    """Refuse, before a model is loaded, an average that cannot be kept."""
+    if not 0 <= train.ema < 1:
+        raise Fault(f"--ema {train.ema:g}: from 0 to less than 1; 0.999 is usual, 0.99 for less than a thousand steps.")
+    if train.ema and optim.optimizer == "schedulefree":
+        raise Fault("--ema: --optimizer schedulefree averages the weights itself. Leave one of them out.")
 
 
 class Average:
@@ -18,8 +28,6 @@ class Average:
         self, parameters: Mapping[str, nn.Parameter], decay: float, device: torch.device | str | None = None
     ) -> None:
         """`device`: where the average is kept; "cpu" spares the GPU's memory. Default: beside the parameters."""
-        if not 0 <= decay < 1:
-            raise Fault(f"--ema {decay:g}: from 0 to less than 1; 0.999 is usual, 0.99 for less than a thousand steps.")
         self.parameters, self.limit, self.steps = dict(parameters), decay, 0
         self.shadow = {
             name: p.detach().to(device or p.device, torch.float32, copy=True) for name, p in self.parameters.items()
@@ -50,17 +58,21 @@ class Average:
         """The model takes the averaged weights, for good."""
         self._set(self.shadow)
 
-    def state(self) -> dict[str, Tensor]:
-        """The average by the parameters' names; `steps` is the other half of it."""
-        return dict(self.shadow)
+    def state(self) -> dict[str, Any]:
+        """The average by the parameters' names, and of how many steps it is."""
+        return {"steps": self.steps, "average": dict(self.shadow)}
 
-    def load(self, steps: int, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state. Raises Fault when it is of other weights."""
-        if state.keys() != self.shadow.keys():
+    def load(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from a state; without one the average begins with the weights as they are.
+
+        Raises Fault when it is of other weights.
+        """
+        self.steps, values = (state["steps"], state["average"]) if state else (0, self.parameters)
+        if values.keys() != self.shadow.keys():
             raise Fault("the average is of other weights than are trained now. Resume with the run's own settings.")
-        self.steps = steps
-        for name, shadow in self.shadow.items():
-            shadow.copy_(state[name])
+        with torch.no_grad():
+            for name, shadow in self.shadow.items():
+                shadow.copy_(values[name])
 
     @torch.no_grad()
     def _set(self, values: Mapping[str, Tensor]) -> None:

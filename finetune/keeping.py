@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from finetune.settings import Output, Train
 LOG = "log.jsonl"
 FREE = frozenset({
     *("output", "resume", "allow_changed", "tracker", "cache", "use_cache", "batch_size", "accumulation", "processes"),
-    *("save_every", "checkpoint_every", "keep_last", "keep_every", "on_nan"),
+    *("save_every", "checkpoint_every", "keep_last", "keep_every", "on_nan", "ema_on_cpu", "validate_every"),
     *("sample_every", "sample_prompts", "sample_steps", "sample_guidance"),
 })  # fmt: skip
 """Settings that may change between a checkpoint and what goes on from it: nothing that is trained follows from them.
@@ -68,7 +69,8 @@ class Keeper:
         Raises Fault when settings, base or data are not those that it was made with.
         """
         order = training.batches.order
-        self.identity = {"base": base, "data": _identity(order.subjects), "pictures a step": str(order.batch)}
+        items = [*order.subjects, *order.companions, *training.batches.data.held]
+        self.identity = {"base": base, "data": _identity(items), "pictures a step": str(order.batch)}
         if not self.resume:
             return None
         found, broken = checkpoints.newest(self.folder)
@@ -108,8 +110,17 @@ class Keeper:
             "factor": self.factor,
         }
         checkpoint = Checkpoint(training.done, kept)
-        checkpoints.save(self.folder, checkpoint, self.train.keep_last, self.train.keep_every)
+        best = _best(training, [*checkpoints.steps(self.folder), training.done])
+        checkpoints.save(self.folder, checkpoint, self.train.keep_last, self.train.keep_every, best)
         self.entry = ledger.write(self.folder, self.entry, state=state, step=training.done, identity=self.identity)
+
+    def verdict(self, training: Training) -> str:
+        """What the losses on held-out pictures say of the run."""
+        told, best = training.validations, _best(training, checkpoints.steps(self.folder))
+        said = [f"at step {step}: {told[step]:.4f}" for step in (min(told), max(told)) if step in told]
+        if best is not None:
+            said.append(f"lowest of the checkpoints at step {best}: {told[best]:.4f}, kept in {checkpoints.name(best)}")
+        return "loss on held-out pictures " + "; ".join(said)
 
     def end(self, state: str | None = None) -> None:
         """Let go of the folder, and say in it how the run ended; without a state it stays as it was said last."""
@@ -152,6 +163,13 @@ def _require(folder: Path, resume: bool) -> None:
             f"it: `finetune train --output {folder} --resume`. Or name a new --output."
         )
     raise Fault(f"{folder}: there is something there already. A run writes over nothing: name a new --output.")
+
+
+def _best(training: Training, kept: Iterable[int]) -> int | None:
+    """The step, of those that are kept, with the lowest loss on held-out pictures."""
+    measured = {step: training.validations[step] for step in kept if step in training.validations}
+    finite = {step: loss for step, loss in measured.items() if math.isfinite(loss)}
+    return min(finite, key=lambda step: (finite[step], step)) if finite else None
 
 
 def _identity(items: Iterable[Item]) -> str:

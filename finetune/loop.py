@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,12 @@ from finetune.adapters import Group
 from finetune.batches import Batch, Batches, drawn
 from finetune.data.encoding import Encodings
 from finetune.data.order import Order
+from finetune.ema import Average
 from finetune.errors import Failure, Fault
 from finetune.families import Conditions, Family
 from finetune.objective import check, loss_per_picture
 from finetune.settings import Loss, Optim, Train
+from finetune.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Report:
     """Before clipping."""
     lr: float
     seconds: float
+    validation: float | None = None
+    """Loss on the held-out pictures after the step, where it was measured."""
 
 
 class NotFinite(Failure):
@@ -50,14 +54,14 @@ class PictureLoss(nn.Module):
         self.parts = nn.ModuleDict(families.modules(family))
         self.family, self.objective, self.data, self.settings = family, family.objective(), data, settings
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, settings: Loss | None = None) -> Tensor:
         """L = w(t) * (mean(m * (prediction - target)^2) + u * mean((1 - mask) * (prediction - base)^2)), each picture.
 
         m is 1 inside a picture's mask and `unmasked_weight` outside, base the frozen base's prediction and u
         `unmasked_prior`. Where a picture is taught, the base's prediction is the target (prior preservation without
         class pictures). With `error`, another error stands for the square.
         """
-        settings, objective = self.settings, self.objective
+        settings, objective = settings or self.settings, self.objective
         check(settings, objective.prediction)
         if settings.zero_terminal_snr:
             if batch.lessons is not None:
@@ -124,6 +128,10 @@ class Training:
         self.train, self.settings, self.accelerator = train, settings, accelerator
         self.done = 0
         """Steps done"""
+        self.losses: list[float] = []
+        """Of each step done"""
+        self.validations: dict[int, float] = {}
+        """Steps done -> loss on the held-out pictures"""
         parts = train.accumulation * accelerator.num_processes
         order = Order(data.subjects, data.companions, train.batch_size * parts, train.seed)
         model = PictureLoss(family, data, loss).to(accelerator.device)
@@ -133,6 +141,8 @@ class Training:
         if train.gradient_checkpointing:
             _checkpoint_activations(family)
         self.parameters = _named(family, groups)
+        self.average = Average(self.parameters, train.ema, "cpu" if train.ema_on_cpu else None) if train.ema else None
+        self.validation = Validation(self.batches, train.batch_size, accelerator)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     def __iter__(self) -> Iterator[Report]:
@@ -141,6 +151,8 @@ class Training:
         Raises NotFinite, before anything is changed, when a step's loss or gradient is not finite.
         """
         self.model.train()
+        if self.validation and not self.done:
+            self._validate()
         while self.done < self.train.steps:
             yield self._step()
 
@@ -152,6 +164,9 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
+            "average": self.average.state() if self.average else None,
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "validations": self.validations,
         }
 
     def load(self, done: int, state: dict[str, Any]) -> None:
@@ -172,15 +187,21 @@ class Training:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.optimizer.zero_grad()  # of a step that was not finite, gradients are left
-        self.done = done
+        if self.average:
+            self.average.load(state["average"])
+        self.done, self.losses, self.validations = done, state["losses"].tolist(), dict(state["validations"])
 
-    def settled(self) -> AbstractContextManager[None]:
-        """Inside, the weights are those to use, where the optimizer trains others: to sample and export on the way."""
-        return optim.settled(self.optimizer)
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Inside, the weights are those to use, where others train: to sample, measure and export on the way."""
+        with optim.settled(self.optimizer), self.average.applied() if self.average else nullcontext():
+            yield
 
     def settle(self) -> None:
         """After the last step: the weights become those to use."""
         optim.settle(self.optimizer)
+        if self.average:
+            self.average.apply()
 
     def slow_down(self, factor: float) -> None:
         """Multiply all learning rates, now and to come."""
@@ -199,8 +220,26 @@ class Training:
         self.optimizer.zero_grad()
         if not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
+            if self.average:
+                self.average.update()
         self.done = step + 1
-        return Report(step + 1, loss, norm, lr, time.perf_counter() - start)
+        self.losses.append(loss)
+        seconds = time.perf_counter() - start
+        return Report(step + 1, loss, norm, lr, seconds, self._validate() if self._validates() else None)
+
+    def _validates(self) -> bool:
+        every = self.train.validate_every, self.train.checkpoint_every, self.train.steps
+        return bool(self.validation) and any(due(self.done, steps) for steps in every)
+
+    def _validate(self) -> float:
+        with self.settled():
+            self.validations[self.done] = self.validation.measure(self.model)
+        return self.validations[self.done]
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens now."""
+    return every > 0 and step % every == 0
 
 
 def _named(family: Family, groups: Sequence[Group]) -> dict[str, nn.Parameter]:

@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune import config as configuration
-from finetune import data, engine, families, optim
+from finetune import data, ema, engine, families, optim
 from finetune.adapters import Group
 from finetune.data import Item
 from finetune.data.encoding import Turn
@@ -35,7 +35,7 @@ from finetune.data.reading import concepts
 from finetune.errors import Failure, Fault, Stopped
 from finetune.families import Family, Source
 from finetune.keeping import LOG, Keeper
-from finetune.loop import NotFinite, Training
+from finetune.loop import NotFinite, Training, due
 from finetune.settings import Optim, Output, Train
 from finetune.signals import Signals
 
@@ -54,6 +54,7 @@ class Run:
         _require_tracker(self.tracker)
         _require_sense(train)
         optim.check(optimizer)
+        ema.check(train, optimizer)
         AcceleratorState._reset_state()  # a second run in one process may have another precision
         self.accelerator = Accelerator(
             mixed_precision="no" if train.precision == "fp32" else train.precision,
@@ -99,13 +100,14 @@ class Run:
         groups: Sequence[Group],
         subjects: Sequence[Item],
         companions: Sequence[Item],
+        held: Sequence[Item] = (),
         warnings: Sequence[str] = (),
     ) -> None:
         """Make the folder, keep the settings in it, and say what is going to happen."""
         self.keeper.begin()
         if self.tracker != "none":
             self.accelerator.init_trackers(LOGS)
-        self.console.print(self._summary(family, groups, subjects, companions))
+        self.console.print(self._summary(family, groups, subjects, companions, held))
         for warning in warnings:
             self.console.print(Text(f"warning: {warning}", style="yellow", overflow="fold"))
 
@@ -145,6 +147,8 @@ class Run:
             except BaseException:
                 self.keeper.end()
                 raise
+        if training.validations:
+            self.say(self.keeper.verdict(training))
         training.settle()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -180,13 +184,14 @@ class Run:
         with self._progress("{task.fields[state]}") as progress, open(file, "a", encoding="utf-8") as log:
             task = progress.add_task("train", total=self.train.steps, completed=training.done, state="")
             for report in training:
-                state = f"loss {report.loss:.4f}  lr {report.lr:.2e}  {report.seconds:.2f} s/step"
+                state = f"loss {report.loss:.4f}  lr {report.lr:.2e}  {report.seconds:.2f} s/step{_held(training)}"
                 progress.update(task, completed=report.step, state=state)
                 if not self.console.is_terminal and self._worth_a_line(report.step):
                     self.console.print(f"step {report.step}/{self.train.steps}  {state}{_left(progress.tasks[task])}")
-                log.write(json.dumps({**vars(report), "time": time.time()}) + "\n")
+                told = {name: value for name, value in vars(report).items() if value is not None}
+                log.write(json.dumps({**told, "time": time.time()}) + "\n")
                 log.flush()
-                curves = {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr}
+                curves = {name: value for name, value in told.items() if name not in ("step", "seconds")}
                 self.accelerator.log(curves, step=report.step)
                 yield report.step
 
@@ -213,7 +218,12 @@ class Run:
         return Progress(*columns, TimeRemainingColumn(), *map(TextColumn, extra), console=self.console)
 
     def _summary(
-        self, family: Family, groups: Sequence[Group], subjects: Sequence[Item], companions: Sequence[Item]
+        self,
+        family: Family,
+        groups: Sequence[Group],
+        subjects: Sequence[Item],
+        companions: Sequence[Item],
+        held: Sequence[Item],
     ) -> Table:
         train, table = self.train, Table.grid(padding=(0, 2))
         epoch = sum(item.example.repeats for item in subjects)
@@ -227,6 +237,7 @@ class Run:
             ),
             "pictures": "\n".join(data.describe(subjects, families.tokenizers(family), self._concepts)),
             "class pictures": _beside(companions),
+            "held out": ", ".join(item.example.name for item in held) or "none",
             "steps": f"{train.steps} of {self.batch} pictures: {train.steps * self.batch / epoch:.1f} epochs",
             "with": f"{optim.resolve(self.optim.optimizer, self.device)}, {train.precision}, {self.device}, "
             f"{self.accelerator.num_processes} process(es), seed {train.seed}",
@@ -235,11 +246,6 @@ class Run:
         for name, value in rows.items():
             table.add_row(f"[bold]{name}[/bold]", Text(value, overflow="fold"))
         return table
-
-
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens now."""
-    return every > 0 and step % every == 0
 
 
 def _require_tracker(tracker: str) -> None:
@@ -267,6 +273,11 @@ def _beside(companions: Sequence[Item]) -> str:
         return "none"
     what = "of the subject's own, held to the base's prediction" if companions[0].example.taught else "class pictures"
     return f"{len(companions)} {what}, weight {companions[0].example.weight:g}"
+
+
+def _held(training: Training) -> str:
+    """The last loss on held-out pictures."""
+    return f"  held out {training.validations[max(training.validations)]:.4f}" if training.validations else ""
 
 
 def _left(task: Task) -> str:

@@ -98,7 +98,8 @@ class Data:
     use_cache: bool = True
     """Keep them on disk, and use what is there. --no-use-cache computes them in memory."""
     validation: float = 0.0
-    """Share of the pictures that is held out of the training."""
+    """Share of the pictures that is held out of the training. Their loss is measured at each checkpoint, always at the
+    same noise and timesteps, and the checkpoint where it is lowest is kept."""
     concepts: Annotated[tuple[Concept, ...], Suppress] = ()
     """Several things to learn at once: `[[concepts]]` tables in TOML, instead of `data`."""
 
@@ -224,6 +225,13 @@ class Train:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_every: int = 0
     """Export what was trained every so many steps, beside the end's. 0: only the end's."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights that train; the average is what is sampled, measured and exported. 0.999
+    is usual, 0.99 for less than a thousand steps. 0: none."""
+    ema_on_cpu: bool = False
+    """Keep the average out of the GPU's memory."""
+    validate_every: int = 0
+    """Measure the loss on the held-out pictures (--validation) every so many steps too. 0: at checkpoints."""
     on_nan: Literal["stop", "rollback"] = "stop"
     """When a loss or gradient is not finite: `stop`, the last good state being kept, or `rollback`: go back to the last
     checkpoint and on from it at half the rate, up to three times."""
@@ -231,7 +239,7 @@ class Train:
     """Keep the whole state of the training every so many steps, to go on from after a stop (--resume). 0: only when it
     is stopped by a signal."""
     keep_last: int = 2
-    """Number of checkpoints that are kept, the newest."""
+    """Number of checkpoints that are kept, the newest; with held-out pictures the best one is kept too."""
     keep_every: int = 0
     """Also keep the checkpoints at multiples of so many steps. 0: none."""
 

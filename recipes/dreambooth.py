@@ -32,7 +32,7 @@ def main(config: Config) -> None:
     # What can be refused is refused before a model is loaded.
     run = ft.Run(config, config.output, config.train, config.optim)
     report = ft.data.require(config.data, config.captions, config.framing, config.model, run.batch, run.seed)
-    examples, _ = ft.data.read(config.data, config.captions, run.seed)
+    examples, held_out = ft.data.read(config.data, config.captions, run.seed)
     ft.priors.check(config.prior, config.data, examples)
     ft.objective.check(config.loss)
     ft.loop.require_no_base(config.loss)
@@ -45,15 +45,15 @@ def main(config: Config) -> None:
     beside = ft.priors.lessons(beside, config.prior.class_images)  # nothing can be switched off to ask the base later
 
     # How each picture is scaled and cropped, and its captions varied.
-    subjects = ft.data.plan(examples, config.framing, sides, family.multiple(), config.captions, run.seed)
-    companions = ft.data.plan(beside, config.framing, sides, family.multiple(), config.captions, run.seed)
+    how = config.framing, sides, family.multiple(), config.captions, run.seed
+    subjects, companions, held = (ft.data.plan(each, *how) for each in (examples, beside, held_out))
 
     # What trains: every weight of the denoiser, and of the text encoders where a rate is given for them.
     groups = ft.adapters.full(family, config.optim.lr, config.optim.text_encoder_lr)
-    run.begin(family, groups, subjects, companions, report.warnings)
+    run.begin(family, groups, subjects, companions, held, report.warnings)
 
     # Latents and conditions, computed once. The VAE then leaves the memory, and the text encoders unless they train.
-    encodings = ft.encode(family, subjects, companions, config.data, config.captions, run.track, run.turn)
+    encodings = ft.encode(family, subjects, companions, held, config.data, config.captions, run.track, run.turn)
     run.say(encodings.said())
     encodings = ft.ask(family, encodings, run.seed, run.accelerator)
 

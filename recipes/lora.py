@@ -45,7 +45,7 @@ def main(config: Config) -> None:
     # What can be refused is refused before a model is loaded.
     run = ft.Run(config, config.output, config.train, config.optim)
     report = ft.data.require(config.data, config.captions, config.framing, config.model, run.batch, run.seed)
-    examples, _ = ft.data.read(config.data, config.captions, run.seed)
+    examples, held_out = ft.data.read(config.data, config.captions, run.seed)
     ft.priors.check(config.prior, config.data, examples)
     ft.objective.check(config.loss)
 
@@ -56,15 +56,15 @@ def main(config: Config) -> None:
     beside = ft.priors.examples(family, source, config.prior, config.data, examples, run.seed, max(sides), run.track)
 
     # How each picture is scaled and cropped, and its captions varied.
-    subjects = ft.data.plan(examples, config.framing, sides, family.multiple(), config.captions, run.seed)
-    companions = ft.data.plan(beside, config.framing, sides, family.multiple(), config.captions, run.seed)
+    how = config.framing, sides, family.multiple(), config.captions, run.seed
+    subjects, companions, held = (ft.data.plan(each, *how) for each in (examples, beside, held_out))
 
     # What trains: two thin matrices beside each attention projection.
     groups = ft.adapters.lora(family, config.adapter, config.optim.lr, config.optim.text_encoder_lr, config.train.seed)
-    run.begin(family, groups, subjects, companions, report.warnings)
+    run.begin(family, groups, subjects, companions, held, report.warnings)
 
     # Latents and conditions, computed once. The VAE then leaves the memory, and the text encoders unless they train.
-    encodings = ft.encode(family, subjects, companions, config.data, config.captions, run.track, run.turn)
+    encodings = ft.encode(family, subjects, companions, held, config.data, config.captions, run.track, run.turn)
     run.say(encodings.said())
 
     prompts = config.samples.sample_prompts or ft.data.prompts(examples)

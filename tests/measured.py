@@ -22,13 +22,14 @@ def encoded(
     family: Family,
     subjects: Sequence[Example],
     companions: Sequence[Example] = (),
+    held: Sequence[Example] = (),
     framing: Framing = SQUARES,
     captions: Captions | None = None,
     settings: Data | None = None,
 ) -> Encodings:
     """The examples at 64 x 64 pixels, computed anew in memory."""
     texts = captions or Captions()
-    items = [data.plan(examples, framing, (64,), 8, texts) for examples in (subjects, companions)]
+    items = [data.plan(examples, framing, (64,), 8, texts) for examples in (subjects, companions, held)]
     return encode(family, *items, settings or Data(use_cache=False), texts)
 
 

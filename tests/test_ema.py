@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from finetune.ema import Average
+from finetune.ema import Average, check
 from finetune.errors import Fault
+from finetune.settings import Optim, Train
 
 
 def walk(parameters: dict[str, nn.Parameter], step: int) -> None:
@@ -56,17 +59,28 @@ def test_it_goes_on_from_its_state_to_the_bit() -> None:
     for step in range(5):
         walk(parameters, step)
         average.update()
-    steps, kept = average.steps, {name: value.clone() for name, value in average.state().items()}
+    kept = deepcopy(average.state())
     other = Average(parameters, 0.9)
-    other.load(steps, kept)
+    other.load(kept)
     walk(parameters, 9)
     average.update()
     other.update()
     assert all(torch.equal(value, other.shadow[name]) for name, value in average.shadow.items())
     with pytest.raises(Fault, match="other weights"):
-        other.load(steps, {"unet.c": torch.zeros(1)})
+        other.load({"steps": 1, "average": {"unet.c": torch.zeros(1)}})
 
 
-def test_a_decay_that_is_none_is_refused() -> None:
+def test_without_a_state_it_begins_with_the_weights() -> None:
+    """A run that goes on with --ema and was begun without."""
+    parameters = made()
+    average = Average(parameters, 0.9)
+    walk(parameters, 1)
+    average.load(None)
+    assert all(torch.equal(value, parameters[name]) for name, value in average.shadow.items())
+
+
+def test_averages_that_cannot_be_kept_are_refused() -> None:
     with pytest.raises(Fault, match="--ema 1: from 0 to less than 1"):
-        Average(made(), 1.0)
+        check(Train(ema=1.0), Optim())
+    with pytest.raises(Fault, match="schedulefree averages the weights itself"):
+        check(Train(ema=0.9), Optim(optimizer="schedulefree"))

@@ -35,12 +35,14 @@ def main(config: Config) -> None:
     console = Console(stderr=True)
     dtype = engine.dtype(config.precision or config.train.precision)
     ft.data.require(data, config.captions, config.framing, config.model, seed=config.train.seed)
-    examples, _ = ft.data.read(data, config.captions, config.train.seed)
+    trained, held = ft.data.read(data, config.captions, config.train.seed)
     family = ft.load(ft.Source(**vars(config.model)), dtype, engine.device())
     sides = config.framing.resolution or (family.resolution(),)
-    items = ft.data.plan(examples, config.framing, sides, family.multiple(), config.captions, config.train.seed)
+    items = ft.data.plan(
+        [*trained, *held], config.framing, sides, family.multiple(), config.captions, config.train.seed
+    )
 
     def shown(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
         yield from track(items, what, total, console=console)
 
-    print(ft.encode(family, items, (), data, config.captions, shown).said())
+    print(ft.encode(family, items, (), (), data, config.captions, shown).said())

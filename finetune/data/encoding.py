@@ -64,6 +64,8 @@ class Encodings:
     """Fingerprint of the text encoders and tokenizers"""
     caption_dropout: float = 0.0
     """Share of the draws whose caption is the empty prompt"""
+    held: Sequence[Item] = ()
+    """Pictures that are held out of the training, to validate with"""
     lessons: Mapping[int, Tensor] = field(default_factory=dict)
     """What the frozen base predicted at the fixed draws of each lesson, each (C, H/f, W/f)"""
     factor: int = 8
@@ -97,6 +99,7 @@ def encode(
     family: Family,
     subjects: Sequence[Item],
     companions: Sequence[Item],
+    held: Sequence[Item],
     data: Data,
     captions: Captions,
     track: Track = lambda items, what, total: iter(items),
@@ -109,7 +112,7 @@ def encode(
     """
     pictures, texts = stores(data)
     turn = turn if turn and data.use_cache else Turn()  # what is kept in memory, each process computes for itself
-    items, factor = [*subjects, *companions], int(family.pipeline.vae_scale_factor)
+    items, factor = [*subjects, *companions, *held], int(family.pipeline.vae_scale_factor)
     vae, encoders = _vae_fingerprint(family), _encoders_fingerprint(family)
     built = {"pictures": _encode_pictures(family, items, pictures, vae, data.background, track, turn)}
     built["masks"] = _encode_masks(items, pictures, factor, track, turn)
@@ -121,7 +124,7 @@ def encode(
     release_frozen(family)
     known = None if trained else texts
     dropout = captions.caption_dropout
-    return Encodings(subjects, companions, pictures, known, vae, encoders, dropout, factor=factor, built=built)
+    return Encodings(subjects, companions, pictures, known, vae, encoders, dropout, held, factor=factor, built=built)
 
 
 def stores(data: Data) -> tuple[Store, Store]:

@@ -37,20 +37,20 @@ def test_processes_that_share_a_cache_share_the_work(
     counts = []
     for rank in (0, 1):
         family = families.load(Source(str(tiny_models["sdxl"])))
-        made = encode(family, items, (), shared, Captions(), turn=Turn(rank, 2))
+        made = encode(family, items, (), (), shared, Captions(), turn=Turn(rank, 2))
         counts.append(made.built["pictures"])
     assert counts == [(6, 6), (3, 6)]
     assert all(made.latents(item, view)[0].shape == (4, 8, 8) for item in items for view in item.views)
 
 
 def test_what_is_kept_in_memory_each_process_computes_for_itself(family: Family, items: list[Item]) -> None:
-    made = encode(family, items, (), Data(use_cache=False), Captions(), turn=Turn(1, 2))
+    made = encode(family, items, (), (), Data(use_cache=False), Captions(), turn=Turn(1, 2))
     assert all(made.latents(item, view)[0].isfinite().all() for item in items for view in item.views)
     assert set(made.conditions("a dog")) == {"text", "pooled"}
 
 
 def test_a_mirror_image_has_latents_of_its_own(family: Family, items: list[Item]) -> None:
-    made = encode(family, items, (), Data(use_cache=False), Captions())
+    made = encode(family, items, (), (), Data(use_cache=False), Captions())
     plain, mirrored = (made.latents(items[0], view)[0] for view in items[0].views)
     assert not torch.equal(plain, mirrored)
 
@@ -60,4 +60,4 @@ def test_latents_that_are_not_finite_are_refused_with_the_remedy(family: Family,
     with torch.no_grad():
         family.pipeline.vae.quant_conv.bias.fill_(float("inf"))
     with pytest.raises(Fault, match=r"0\.png: its latents are not finite.*--precision fp32"):
-        encode(family, items, (), Data(use_cache=False), Captions())
+        encode(family, items, (), (), Data(use_cache=False), Captions())
