@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finetune import disk
 from finetune.errors import Failure, Fault
 
 FOLDER = "checkpoints"
@@ -60,8 +61,7 @@ def save(run: Path, checkpoint: Checkpoint, keep_last: int = 2, keep_every: int 
             _sync(target.parent)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(beside, ignore_errors=True)
-            full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
-            why = "the disk is full" if full else str(error)
+            why = disk.refusal(error) or error
             raise Failure(
                 f"{target}: the checkpoint could not be written ({why}); earlier ones are as they were. Make room, "
                 "then go on with --resume."

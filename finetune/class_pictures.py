@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from finetune import families, home, keys
+from finetune import disk, families, home, keys, signals
 from finetune.data.encoding import Track
 from finetune.families import Family, Source
 from finetune.pictures import save_png
@@ -46,14 +46,28 @@ def draw(
         raise ValueError("class pictures are the frozen base's: draw them before anything trains")
     origin = _origin(family, source, prompts, settings, seed, resolution)
     folder = home.cache("class-pictures", _name(prompts[0], origin))
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    with disk.written(folder), _alone(folder):
         record = _read(folder, origin)
         missing = _missing(folder, record, settings.class_images)
         batches = [missing[start : start + BATCH] for start in range(0, len(missing), BATCH)]
         for batch in track(batches, "class pictures", len(batches)) if batches else ():
             _draw(family, folder, origin, record, batch)
     return [folder / _file(index) for index in range(settings.class_images)]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make the folder, and wait until no other process draws in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=1)
+    while not lock.is_locked:
+        signals.heed()
+        with suppress(Timeout):
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _origin(
@@ -138,9 +152,7 @@ def _draw(
         save_png(picture, path, {**same, "prompt": prompt, "seed": seed})
         record[path.name] = {"prompt": prompt, "seed": seed, "sha256": _digest(path)}
     table = {**origin, "pictures": [{"file": name, **record[name]} for name in sorted(record)]}
-    beside = folder / f".{RECORD}.writing"
-    beside.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, folder / RECORD)
+    disk.write_text(folder / RECORD, json.dumps(table, indent=1) + "\n")
 
 
 def _digest(path: Path) -> str:

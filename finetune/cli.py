@@ -13,8 +13,9 @@ from pathlib import Path
 
 import tyro
 
-from finetune import __version__, config, shelf
-from finetune.errors import Fault
+from finetune import __version__, config, disk, peers, shelf
+from finetune.errors import Fault, Stopped
+from finetune.signals import Watch
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -30,11 +31,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        with disk.written():
+            _dispatch(list(sys.argv[1:] if argv is None else argv))
     except (Fault, KeyboardInterrupt) as stop:
         if os.environ.get("FINETUNE_DEBUG"):
             raise
-        _say(str(stop) or "Stopped.")
+        if peers.first_to_say(str(stop), isinstance(stop, Stopped | peers.PeerLost)):
+            _say(str(stop) or "Stopped.")
         sys.exit(stop.status if isinstance(stop, Fault) else INTERRUPTED)
 
 
@@ -68,6 +71,16 @@ def _page(module: str) -> Callable[[list[str], str], None]:
     return run
 
 
+def _gently(module: str) -> Callable[[list[str], str], None]:
+    """The same, for one that heeds signals while it works."""
+
+    def run(words: list[str], prog: str) -> None:
+        with Watch():
+            _page(module)(words, prog)
+
+    return run
+
+
 def _train(words: list[str], prog: str) -> None:
     """`train RECIPE ...`. Without RECIPE, the one that the TOML file of --config is made for."""
     if words[:1] in (["-h"], ["--help"]):
@@ -85,7 +98,9 @@ def _train(words: list[str], prog: str) -> None:
     if not recipe:
         raise Fault(f"{prog}: which recipe? `{prog} RECIPE ...`, with one of: {', '.join(shelf.recipes())}.")
     page = shelf.load(recipe)
-    page.main(config.parse(page.Config, words, f"{prog} {recipe}"))
+    asked = config.parse(page.Config, words, f"{prog} {recipe}")
+    with Watch(), peers.lost():
+        page.main(asked)
 
 
 def _of_the_run(words: list[str]) -> list[str]:
@@ -153,8 +168,8 @@ VERBS = {
     "generate": Verb("draw pictures with a model and adapters", _page("finetune.generate")),
     "data check": Verb("look a data set over: every problem at once", _page("finetune.commands.check")),
     "data preview": Verb("a sheet of the pictures with their crops", _page("finetune.commands.preview")),
-    "data caption": Verb("write captions with a vision-language model", _page("finetune.commands.caption")),
-    "data cache": Verb("compute ahead what a training needs", _page("finetune.commands.cache")),
+    "data caption": Verb("write captions with a vision-language model", _gently("finetune.commands.caption")),
+    "data cache": Verb("compute ahead what a training needs", _gently("finetune.commands.cache")),
     "runs": Verb("list the runs in a folder and how far they are", _page("finetune.commands.runs")),
     "recipes": Verb("list the recipes and their ready settings", _recipes),
     "copy": Verb("copy a recipe or settings to change them", _copy),

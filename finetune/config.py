@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeGuard, TypeVar
 
 import tyro
 
-from finetune import shelf, toml
+from finetune import peers, shelf, toml
 from finetune.errors import Fault
 
 C = TypeVar("C")
@@ -54,6 +54,7 @@ def parse(config_class: type[C], argv: Sequence[str], prog: str) -> C:
         prog=prog,
         default=parser(**_fields(default)),
         config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=peers.leads(),
     )
     return config_class(**{name: value for name, value in _fields(parsed).items() if name != "config"})
 

@@ -49,6 +49,7 @@ def main(config: Config) -> None:
     import finetune as ft
     from finetune.export import attach
     from finetune.pictures import grid
+    from finetune.signals import Watch
     from finetune.toybox.subjects import SUBJECTS
 
     folder, run = shelf.datasets() / config.subject, config.output / "run"
@@ -65,7 +66,8 @@ def main(config: Config) -> None:
     say(f"It learns {config.subject} from the five captioned pictures in {folder / 'pictures'}:")
     print(f"\n  finetune train {RECIPE} {shlex.join(words)}\n")
     recipe = shelf.load(RECIPE)
-    recipe.main(ft.config.parse(recipe.Config, words, f"finetune train {RECIPE}"))
+    with Watch():
+        recipe.main(ft.config.parse(recipe.Config, words, f"finetune train {RECIPE}"))
 
     say("The trained file on the base model, the same words and seeds:")
     attach(family, run / "adapter.safetensors", "demo")

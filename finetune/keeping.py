@@ -7,11 +7,14 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune import checkpoints, config, ledger
+from filelock import FileLock
+
+from finetune import checkpoints, config, disk, ledger
 from finetune.checkpoints import Checkpoint
 from finetune.data import Item
 from finetune.errors import Fault
@@ -28,7 +31,7 @@ FREE = frozenset({
 
 Of how a step is split into passes and processes only the number of its pictures counts, which `identity` holds.
 """
-BEGINNING = frozenset({ledger.LOCK, ledger.SETTINGS, f".{ledger.FILE}.writing"})
+BEGINNING = frozenset({ledger.LOCK, ledger.SETTINGS, f".{ledger.SETTINGS}.writing", f".{ledger.FILE}.writing"})
 """What a run that was killed at its very beginning may have left: there is nothing in it to lose."""
 ROLLBACKS = 3
 """How often a run goes back by itself before it gives up."""
@@ -44,24 +47,37 @@ class Keeper:
         self.train, self.leads = train, leads
         self.rolled_back, self.factor = 0, 1.0  # how often; and what is left of the rate
         self.config = replace(run, output=replace(output, resume=False, allow_changed=False))
+        self._lock: FileLock | None = None
+        self._made: list[Path] = []  # folders that are there for the lock alone
+        self._begun = False
         _require(self.folder, self.resume)
 
-    def begin(self) -> None:
-        """Hold the folder. Keep the settings in it, those of a run that goes on beside its first ones."""
+    def hold(self) -> None:
+        """Make the folder and hold it: nobody else trains there until `end`. Raises Fault when that cannot be."""
         if not self.leads:
             return
+        new = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Fault(f"{self.folder}: cannot be made ({error.strerror}). Name another --output.") from error
+        self._made = new
         self._lock = ledger.hold(self.folder)
+        _require(self.folder, self.resume)  # what another process may have made of it meanwhile
+
+    def begin(self) -> None:
+        """Keep the settings in the folder, those of a run that goes on beside its first ones."""
+        if not self.leads:
+            return
+        self._made = []
         if not self.resume:
-            (self.folder / ledger.SETTINGS).write_text(config.dumps(self.config), encoding="utf-8")
+            disk.write_text(self.folder / ledger.SETTINGS, config.dumps(self.config))
         recipe = config.recipe_of(self.folder / ledger.SETTINGS) or ""
         before = ledger.read(self.folder) if self.resume else None
         self.entry = ledger.write(
             self.folder, ledger.Entry(recipe, self.train.steps, step=before.step if before else 0)
         )
+        self._begun = True
 
     def go_on(self, training: Training, base: str) -> str | None:
         """Load the newest whole checkpoint where a run is resumed. What there is to say of it.
@@ -123,11 +139,20 @@ class Keeper:
         return "loss on held-out pictures " + "; ".join(said)
 
     def end(self, state: str | None = None) -> None:
-        """Let go of the folder, and say in it how the run ended; without a state it stays as it was said last."""
-        if self.leads:
-            if state is not None:
-                self.entry = ledger.write(self.folder, self.entry, state=state)
+        """Let go of the folder, and say in it how the run ended; without a state it stays as it was said last.
+
+        Of a run that was not begun nothing stays there.
+        """
+        if self._lock is not None and state is not None and self._begun:
+            self.entry = ledger.write(self.folder, self.entry, state=state)
+        if self._made:
+            (self.folder / ledger.LOCK).unlink(missing_ok=True)
+        if self._lock is not None:
             self._lock.release()
+        for folder in self._made:
+            with suppress(OSError):  # something else is in it meanwhile
+                folder.rmdir()
+        self._lock, self._made = None, []
 
     def _require_same(self, settings: Mapping[str, Any], identity: Mapping[str, str]) -> None:
         lines = ledger.changes(settings, config.asdict(self.config), FREE)
@@ -187,6 +212,4 @@ def _cut(file: Path, step: int) -> None:
     if file.is_file():
         lines = file.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        beside = file.with_name(f".{file.name}.writing")
-        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        beside.replace(file)
+        disk.write_text(file, "".join(f"{line}\n" for line in kept))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from finetune import disk
 from finetune.errors import Fault
 
 FILE, LOCK, SETTINGS = "run.json", ".lock", "settings.toml"
@@ -35,11 +35,9 @@ class Entry:
 
 
 def write(folder: Path, entry: Entry, **changes: Any) -> Entry:
-    """Write the entry with the changes, beside and renamed."""
+    """Write the entry with the changes."""
     entry = replace(entry, **changes, updated=time.time())
-    beside = folder / f".{FILE}.writing"
-    beside.write_text(json.dumps(asdict(entry), indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, folder / FILE)
+    disk.write_text(folder / FILE, json.dumps(asdict(entry), indent=1) + "\n")
     return entry
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from finetune import adapters, families, keys, optim
 from finetune.adapters import Group
 from finetune.batches import Batch, Batches, drawn
-from finetune.data.encoding import Encodings
+from finetune.data.encoding import Encodings, Track
 from finetune.data.order import Order
 from finetune.ema import Average
 from finetune.errors import Failure, Fault
@@ -258,17 +258,23 @@ def require_no_base(settings: Loss) -> None:
         )
 
 
-def ask(family: Family, data: Encodings, seed: int, accelerator: Accelerator) -> Encodings:
+def ask(
+    family: Family,
+    data: Encodings,
+    seed: int,
+    accelerator: Accelerator,
+    track: Track = lambda items, what, total: iter(items),
+) -> Encodings:
     """Ask the base, before anything has trained, for its prediction at each lesson's own noise and timestep."""
     model = PictureLoss(family, data, Loss()).to(accelerator.device)
     batches = Batches(data, Order(data.companions, (), 1, seed), model.objective.timesteps, accelerator.device)
     lessons: dict[int, Tensor] = {}
-    for item in data.companions:
-        if item.example.lesson is not None:
-            batch = batches.lesson(item)
-            noised = model.objective.noised(batch.latents, batch.noise, batch.timesteps)
-            with accelerator.autocast():
-                lessons[item.example.lesson] = model.base(batch, noised, batch.taught)[0].cpu()
+    asked = [(item, item.example.lesson) for item in data.companions if item.example.lesson is not None]
+    for item, lesson in track(asked, "ask the base", len(asked)) if asked else ():
+        batch = batches.lesson(item)
+        noised = model.objective.noised(batch.latents, batch.noise, batch.timesteps)
+        with accelerator.autocast():
+            lessons[lesson] = model.base(batch, noised, batch.taught)[0].cpu()
     return replace(data, lessons=lessons)
 
 

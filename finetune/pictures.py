@@ -35,8 +35,11 @@ def save_png(image: Image, path: Path, settings: Mapping[str, Any]) -> None:
     info.add_itxt("parameters", _parameters(told, adapters))
     info.add_itxt("finetune", provenance.dumps({**told, "adapters": adapters, "software": provenance.software()}))
     beside = path.with_name(f".{path.name}.writing")
-    image.save(beside, format="PNG", pnginfo=info)
-    os.replace(beside, path)
+    try:
+        image.save(beside, format="PNG", pnginfo=info)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune import config as configuration
-from finetune import data, ema, engine, families, optim
+from finetune import data, disk, ema, engine, families, optim, signals
 from finetune.adapters import Group
 from finetune.data import Item
 from finetune.data.encoding import Turn
@@ -37,7 +38,7 @@ from finetune.families import Family, Source
 from finetune.keeping import LOG, Keeper
 from finetune.loop import NotFinite, Training, due
 from finetune.settings import Optim, Output, Train
-from finetune.signals import Signals
+from finetune.signals import Watch
 
 Piece = TypeVar("Piece")
 LOGS = "logs"
@@ -51,6 +52,7 @@ class Run:
         self.config, self.train, self.optim = config, train, optimizer
         self.folder, self.tracker = output.output, output.tracker
         self.settings = configuration.asdict(config)
+        self.watch = Watch.now or Watch()
         _require_tracker(self.tracker)
         _require_sense(train)
         optim.check(optimizer)
@@ -64,6 +66,7 @@ class Run:
         _require_processes(train.processes, self.accelerator.num_processes)
         self.console = Console(quiet=not self.leads)
         self.keeper = Keeper(config, output, train, self.leads)
+        self._held = False
 
     @property
     def leads(self) -> bool:
@@ -94,6 +97,14 @@ class Run:
         """Precision of the weights that do not train."""
         return engine.DTYPES[self.train.precision]
 
+    def hold(self) -> None:
+        """Take the output folder for this run, once nothing is left to refuse. Raises Fault when that cannot be."""
+        signals.heed()
+        self._held = True
+        self.watch.push(self._ended)
+        self.keeper.hold()
+        self.watch.enter_context(disk.written(self.folder))
+
     def begin(
         self,
         family: Family,
@@ -103,8 +114,12 @@ class Run:
         held: Sequence[Item] = (),
         warnings: Sequence[str] = (),
     ) -> None:
-        """Make the folder, keep the settings in it, and say what is going to happen."""
+        """Keep the settings in the folder, and say what is going to happen."""
+        signals.heed()
+        if not self._held:
+            self.hold()
         self.keeper.begin()
+        self.watch.advice = f"Go on: `finetune train --output {self.folder} --resume`."
         if self.tracker != "none":
             self.accelerator.init_trackers(LOGS)
         self.console.print(self._summary(family, groups, subjects, companions, held))
@@ -115,19 +130,16 @@ class Run:
         """A line for the user, once whatever the number of processes."""
         self.console.print(Text(text, overflow="fold"))
 
-    def track(self, items: Iterable[Piece], what: str, total: int) -> Iterator[Piece]:
-        """Go through `items` and show how far it is."""
+    def track(self, items: Iterable[Piece], what: str, total: int | None = None) -> Iterator[Piece]:
+        """Go through `items` and show how far it is. Stops between two of them where a signal asks for it."""
         with self._progress() as progress:
-            yield from progress.track(items, total=total, description=what)
+            for item in progress.track(items, total=total, description=what):
+                signals.heed()
+                yield item
 
     def resume(self, training: Training, source: Source) -> None:
         """Where --resume asks for it, go on from the newest whole checkpoint."""
-        try:
-            said = self.keeper.go_on(training, source.identity())
-        except BaseException:
-            self.keeper.end()
-            raise
-        if said:
+        if said := self.keeper.go_on(training, source.identity()):
             self.say(said)
 
     def steps(self, training: Training) -> Iterator[int]:
@@ -135,37 +147,31 @@ class Run:
 
         Raises Stopped, the state being kept, after the step in which a signal asked for it.
         """
-        with Signals() as signals:
-            try:
-                while training.done < self.train.steps:
-                    yield from self._until_done(training, signals)
-            except Failure as fault:
-                if isinstance(fault, NotFinite):
-                    self.keeper.keep(training, "failed")
-                self.keeper.end("failed")
-                raise
-            except BaseException:
-                self.keeper.end()
-                raise
+        try:
+            while training.done < self.train.steps:
+                yield from self._until_done(training)
+        except NotFinite:
+            self.keeper.keep(training, "failed")
+            raise
         if training.validations:
             self.say(self.keeper.verdict(training))
         training.settle()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
-    def _until_done(self, training: Training, signals: Signals) -> Iterator[int]:
+    def _until_done(self, training: Training) -> Iterator[int]:
         """The steps that are left, or those up to one that is not finite and is gone back from."""
         try:
             for step in self._reported(training):
                 yield step
-                asked = self._agreed(signals.received)
+                asked = self._agreed(signals.received())
                 if asked or due(step, self.train.checkpoint_every) or step == self.train.steps:
                     self.keeper.keep(training, "stopped" if asked else "running")
                     self.accelerator.wait_for_everyone()
                 if asked:
                     raise Stopped(
-                        f"Stopped by {asked} after step {step} of {self.train.steps}; the state is kept. Go on: "
-                        f"`finetune train --output {self.folder} --resume`."
+                        f"Stopped by {asked} after step {step} of {self.train.steps}; the state is kept. "
+                        f"{self.watch.advice}"
                     )
         except NotFinite as fault:
             if self.train.on_nan == "stop" or not (said := self.keeper.roll_back(training)):
@@ -194,6 +200,16 @@ class Run:
                 curves = {name: value for name, value in told.items() if name not in ("step", "seconds")}
                 self.accelerator.log(curves, step=report.step)
                 yield report.step
+
+    def _ended(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let go of the folder, and leave in it how the command ended. A full disk may refuse even that."""
+        state = "stopped" if isinstance(error, Stopped) else "failed" if isinstance(error, Failure) else None
+        try:
+            self.keeper.end(state)
+        except OSError:
+            self.keeper.end()
 
     def finish(self, usage: str) -> None:
         """Say what was written, and the command that uses it."""

@@ -31,11 +31,12 @@ class Config:
 def main(config: Config) -> None:
     # What can be refused is refused before a model is loaded.
     run = ft.Run(config, config.output, config.train, config.optim)
-    report = ft.data.require(config.data, config.captions, config.framing, config.model, run.batch, run.seed)
+    report = ft.data.require(config.data, config.captions, config.framing, config.model, run.batch, run.seed, run.track)
     examples, held_out = ft.data.read(config.data, config.captions, run.seed)
     ft.priors.check(config.prior, config.data, examples)
     ft.objective.check(config.loss)
     ft.loop.require_no_base(config.loss)
+    run.hold()
 
     # The base, frozen. It draws the class pictures before it learns anything.
     source = ft.Source(**vars(config.model))
@@ -55,7 +56,7 @@ def main(config: Config) -> None:
     # Latents and conditions, computed once. The VAE then leaves the memory, and the text encoders unless they train.
     encodings = ft.encode(family, subjects, companions, held, config.data, config.captions, run.track, run.turn)
     run.say(encodings.said())
-    encodings = ft.ask(family, encodings, run.seed, run.accelerator)
+    encodings = ft.ask(family, encodings, run.seed, run.accelerator, run.track)
 
     def save(name: str) -> str:
         ft.families.restore(family, source, run.dtype)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from finetune import signals
+
 Job = TypeVar("Job")
 Done = TypeVar("Done")
 
@@ -14,12 +16,13 @@ Done = TypeVar("Done")
 def ahead(work: Callable[[Job], Done], jobs: Iterable[Job], workers: int) -> Iterator[Done]:
     """`work` of each job, in their order; in `workers` threads, at most two jobs a thread begun and not yet taken.
 
-    What a job raises is raised at its place.
+    What a job raises is raised at its place. Between two jobs it heeds a signal that asks to stop.
     """
     waiting: deque[Future[Done]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
         for job in jobs:
+            signals.heed()
             waiting.append(pool.submit(work, job))
             if len(waiting) == 2 * workers:
                 yield waiting.popleft().result()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import weights
+from finetune import signals, weights
 from finetune.data.reading import captions, folder, metadata, pictures
 from finetune.data.reading.pictures import BadPicture, printable
 from finetune.errors import Failure, Fault
@@ -100,6 +100,7 @@ def write(
     if fault := captions.check(trigger, template):
         raise Fault(fault)
     for job in track(todo.jobs, "caption"):
+        signals.heed()
         picture, _ = pictures.decode(job.picture, background)
         said = captioner.caption(picture)
         if not said:

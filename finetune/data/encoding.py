@@ -203,9 +203,11 @@ def _build(
     missing = sum(key not in store for key, _ in wanted)
     turn.wait()  # before anyone adds to what the others are counting
     mine = wanted[turn.rank :: turn.world]
-    if missing:
-        cache.build(store, mine, load, encode, WORKERS, lambda done: track(done, what, len(mine)))
-    store.flush()
+    try:
+        if missing:
+            cache.build(store, mine, load, encode, WORKERS, lambda done: track(done, what, len(mine)))
+    finally:
+        store.flush()  # however it ended: what was computed is kept
     turn.wait()
     store.refresh()
     return missing, len(wanted)

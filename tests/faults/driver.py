@@ -344,7 +344,8 @@ def main() -> None:
         return
     figures = drive(asked.folder, asked.kills, asked.seed, cold if asked.cold else warm)
     print(figures.told())
-    sys.exit(bool(figures.unusable or figures.unequal or max(figures.lost, default=0) > EVERY))
+    bad = figures.unusable or figures.unequal or figures.repeated
+    sys.exit(bool(bad or max(figures.lost, default=0) > EVERY))
 
 
 if __name__ == "__main__":
