@@ -37,6 +37,7 @@ class Report:
     grad_norm: float
     """Before clipping."""
     lr: float
+    """The denoiser's, with what the optimizer finds by itself."""
     seconds: float
     validation: float | None = None
     """Loss on the held-out pictures after the step, where it was measured."""
@@ -211,7 +212,7 @@ class Training:
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _step(self) -> Report:
-        start, lr, step = time.perf_counter(), float(self.scheduler.get_last_lr()[0]), self.done
+        start, lr, step = time.perf_counter(), optim.rate(self.optimizer), self.done
         loss = _accumulate(self.model, self.batches, step, self.train, self.accelerator)
         parameters = list(self.parameters.values())
         norm = float(self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))

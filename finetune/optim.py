@@ -124,6 +124,15 @@ def settle(optimizer: Optimizer) -> None:
     _switch(optimizer, "eval")
 
 
+def rate(optimizer: Optimizer) -> float:
+    """The rate of the first group's next step: what is set, times what the optimizer has found by itself.
+
+    Prodigy steps by d * lr, d its estimate of how far the weights have to go (Mishchenko & Defazio 2023, alg. 4).
+    """
+    first = optimizer.param_groups[0]
+    return float(first["lr"]) * float(first.get("d", 1.0))
+
+
 def schedule(optimizer: Optimizer, settings: Optim, steps: int) -> LRScheduler:
     """The rate over the run: a linear warm-up, then constant, or falling to zero at the last step."""
     if settings.schedule == "polynomial":

@@ -136,6 +136,24 @@ def test_the_polynomial_schedule_is_its_formula_for_each_group(warmup: int, powe
     assert [first for first, _ in ours] == pytest.approx([1e-3 * whole(step) for step in range(41)], abs=2e-7)
 
 
+def test_the_rate_is_the_one_that_weights_move_by() -> None:
+    """Adam moves a weight by about its rate, and Prodigy by the rate that it has found."""
+    a, b, x, y = regression()
+    optimizer = optim.optimizer([Group("ab", [a, b], 2.0)], asked("prodigy", lr=2.0, weight_decay=0.0), CPU)
+    seen = []
+    for _ in range(60):
+        seen.append(optim.rate(optimizer))
+        assert seen[-1] == 2.0 * optimizer.param_groups[0]["d"]
+        step(optimizer, a, b, x, y)
+    assert seen[0] == pytest.approx(2e-6) and seen[-1] > 100 * seen[0]
+    before = b.detach().clone()
+    rate = optim.rate(optimizer)
+    step(optimizer, a, b, x, y)
+    assert 0.1 * rate < float((b.detach() - before).abs().mean()) < rate
+    for name in ("adamw", "schedulefree"):
+        assert optim.rate(optim.optimizer([Group("a", [a], 3e-3)], asked(name, lr=3e-3), CPU)) == 3e-3
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -167,5 +185,6 @@ def test_every_optimizer_trains_from_the_command_line(name: str, tiny_models: di
     rest = ["--prompt", "a photo of sks dog", "--no-prior", "--tracker", "none", "--rank", "4", "--steps", "3"]
     words = [*given, *rest, "--optimizer", name, "--lr", RATES.get(name, 1e-2), "--schedule-power", "1.5"]
     cli.main(["train", "lora", *map(str, words)])
-    assert len([json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]) == 3
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and (lines[0]["lr"] == 1e-6) == (name == "prodigy")  # Prodigy begins with d = 1e-6
     assert f'optimizer = "{name}"' in (tmp_path / "run" / "settings.toml").read_text()
