@@ -138,7 +138,7 @@ class Run:
                 while training.done < self.train.steps:
                     yield from self._until_done(training, signals)
             except Failure as fault:
-                if isinstance(fault, NotFinite):
+                if isinstance(fault, NotFinite) and not fault.torn:
                     self.keeper.keep(training, "failed")
                 self.keeper.end("failed")
                 raise
