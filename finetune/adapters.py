@@ -12,7 +12,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import nn
 
-from finetune import families, keys
+from finetune import engine, families, keys
 from finetune.errors import Fault
 from finetune.families import Family
 from finetune.settings import Adapter
@@ -72,11 +72,14 @@ def off(family: Family) -> Iterator[None]:
             part.enable_adapters()
 
 
-def full(family: Family, lr: float, text_encoder_lr: float | None) -> list[Group]:
-    """Train all weights of the denoiser (Ruiz et al. 2022, 2208.12242), and of the text encoders where asked."""
+def full(family: Family, lr: float, text_encoder_lr: float | None, weights: str = "fp32") -> list[Group]:
+    """Train all weights of the denoiser (Ruiz et al. 2022, 2208.12242), and of the text encoders where asked.
+
+    `weights`: the precision that they are held in, fp32 or bf16.
+    """
     families.freeze(family)
     for part in _rates(family, lr, text_encoder_lr):
-        getattr(family.pipeline, part).to(torch.float32).requires_grad_(True)
+        getattr(family.pipeline, part).to(engine.DTYPES[weights]).requires_grad_(True)
     return _groups(family, lr, text_encoder_lr)
 
 

@@ -57,11 +57,11 @@ def permutation(count: int, seed: int, purpose: str, *indices: Index) -> list[in
     return [int(i) for i in rng(seed, purpose, *indices).permutation(count)]
 
 
-def generator(seed: int, purpose: str, *indices: Index) -> torch.Generator:
-    """A torch generator on the CPU, for library calls that want one. (torch keeps 32 bits of its seed.)"""
+def generator(seed: int, purpose: str, *indices: Index, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator, for library calls that want one. (On the CPU, torch keeps 32 bits of its seed.)"""
     import torch
 
-    return torch.Generator("cpu").manual_seed(key(seed, purpose, *indices) % 2**63)
+    return torch.Generator(device).manual_seed(key(seed, purpose, *indices) % 2**63)
 
 
 @contextmanager

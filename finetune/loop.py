@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from finetune import adapters, families, keys, optim
+from finetune import adapters, families, keys, optim, rounding
 from finetune.adapters import Group
 from finetune.batches import Batch, Batches, drawn
 from finetune.data.encoding import Encodings, Track
@@ -22,8 +24,12 @@ from finetune.ema import Average
 from finetune.errors import Failure, Fault
 from finetune.families import Conditions, Family
 from finetune.objective import check, loss_per_picture
-from finetune.settings import Loss, Optim, Train
+from finetune.per_parameter import InBackward, PerParameter
+from finetune.settings import Full, Loss, Optim, Train
 from finetune.validation import Validation
+
+Completing = Callable[[Tensor], AbstractContextManager[Any]]
+"""Of a step's loss: what its last backward pass goes on in."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,9 @@ class Report:
 
 class NotFinite(Failure):
     """A step's loss or gradient is NaN or infinite. The step was not applied."""
+
+    torn = False
+    """Whether some weights had stepped all the same: what is in memory is then no state to go on from."""
 
 
 class PictureLoss(nn.Module):
@@ -125,6 +134,7 @@ class Training:
         settings: Optim,
         loss: Loss,
         accelerator: Accelerator,
+        full: Full | None = None,
     ) -> None:
         self.train, self.settings, self.accelerator = train, settings, accelerator
         self.done = 0
@@ -136,12 +146,13 @@ class Training:
         parts = train.accumulation * accelerator.num_processes
         order = Order(data.subjects, data.companions, train.batch_size * parts, train.seed)
         model = PictureLoss(family, data, loss).to(accelerator.device)
-        optimizer = optim.optimizer(list(groups), settings, accelerator.device)
+        optimizer, self.in_backward = self._optimizer(groups, full or Full())
         self.scheduler = optim.schedule(optimizer, settings, train.steps)
         self.batches = Batches(data, order, model.objective.timesteps, accelerator.device)
         if train.gradient_checkpointing:
             _checkpoint_activations(family)
         self.parameters = _named(family, groups)
+        self.names = {parameter: name for name, parameter in self.parameters.items()}
         self.average = Average(self.parameters, train.ema, "cpu" if train.ema_on_cpu else None) if train.ema else None
         self.validation = Validation(self.batches, train.batch_size, accelerator)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -211,12 +222,26 @@ class Training:
             group["lr"] *= factor
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
+    def _optimizer(self, groups: Sequence[Group], full: Full) -> tuple[Optimizer, InBackward | None]:
+        make = partial(optim.optimizer, settings=self.settings, device=self.accelerator.device)
+        if full == Full():
+            return make(list(groups)), None
+        one_by_one = PerParameter(groups, make, self._rounded)
+        return one_by_one, InBackward(one_by_one) if full.optimizer_in_backward else None
+
+    def _rounded(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """A weight's new value in bfloat16: the same on every process, and when the step is taken again."""
+        key = self.train.seed, "rounding", self.done, self.names[parameter]
+        return rounding.stochastic(value, keys.generator(*key, device=value.device))
+
     def _step(self) -> Report:
         start, lr, step = time.perf_counter(), optim.rate(self.optimizer), self.done
-        loss = _accumulate(self.model, self.batches, step, self.train, self.accelerator)
-        parameters = list(self.parameters.values())
-        norm = float(self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))
-        _require_finite(loss, norm, step, self.batches, self.accelerator)
+        early = self.in_backward
+        completing: Completing = early.last_pass if early else nullcontext
+        loss = _accumulate(self.model, self.batches, step, self.train, self.accelerator, completing)
+        norm = early.norm() if early else self._clip()
+        torn = early is not None and len(early.optimizer.stepped) > 0
+        _require_finite(loss, norm, step, self.batches, self.accelerator, torn)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if not self.accelerator.optimizer_step_was_skipped:
@@ -227,6 +252,11 @@ class Training:
         self.losses.append(loss)
         seconds = time.perf_counter() - start
         return Report(step + 1, loss, norm, lr, seconds, self._validate() if self._validates() else None)
+
+    def _clip(self) -> float:
+        """Clip the gradients; their norm before."""
+        parameters = list(self.parameters.values())
+        return float(self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))
 
     def _validates(self) -> bool:
         every = self.train.validate_every, self.train.checkpoint_every, self.train.steps
@@ -279,7 +309,14 @@ def ask(
     return replace(data, lessons=lessons)
 
 
-def _accumulate(model: nn.Module, batches: Batches, step: int, train: Train, accelerator: Accelerator) -> float:
+def _accumulate(
+    model: nn.Module,
+    batches: Batches,
+    step: int,
+    train: Train,
+    accelerator: Accelerator,
+    completing: Completing = nullcontext,
+) -> float:
     """Add up the gradients of a step's passes; the loss of the whole step, over all processes."""
     world, rank = accelerator.num_processes, accelerator.process_index
     parts = [number * world + rank for number in range(train.accumulation)]
@@ -289,21 +326,30 @@ def _accumulate(model: nn.Module, batches: Batches, step: int, train: Train, acc
         last = number == len(passes) - 1
         with nullcontext() if last else accelerator.no_sync(model), keys.seeded(train.seed, "forward", step, part):
             loss = (batch.shares * model(batch)).sum()
-            accelerator.backward(loss * world)  # the processes' gradients are averaged, the loss is a sum
-        total += loss.detach()
+            total += loss.detach()
+            with completing(total) if last else nullcontext():
+                accelerator.backward(loss * world)  # the processes' gradients are averaged, the loss is a sum
     return float(accelerator.reduce(total, "sum"))
 
 
-def _require_finite(loss: float, norm: float, step: int, batches: Batches, accelerator: Accelerator) -> None:
+def _require_finite(
+    loss: float, norm: float, step: int, batches: Batches, accelerator: Accelerator, torn: bool = False
+) -> None:
     """Infinite gradients are part of fp16's search for a loss scale; everywhere else they end the run."""
     if math.isfinite(loss) and (math.isfinite(norm) or accelerator.scaler is not None):
         return
-    raise NotFinite(
-        f"step {step + 1}: the loss is {loss}, its gradient's norm {norm}; the step was not applied. "
-        "The state before it is kept. Try a lower --lr or --precision fp32, or let --on-nan rollback lower the rate. "
-        "The pictures of this step:",
+    applied = (
+        "--optimizer-in-backward had stepped some weights already, so only the last checkpoint is kept. "
+        if torn
+        else "the step was not applied. The state before it is kept. "
+    )
+    fault = NotFinite(
+        f"step {step + 1}: the loss is {loss}, its gradient's norm {norm}; {applied}"
+        "Try a lower --lr or --precision fp32, or let --on-nan rollback lower the rate. The pictures of this step:",
         batches.names(step),
     )
+    fault.torn = torn
+    raise fault
 
 
 def _per_picture(values: Tensor) -> Tensor:

@@ -9,17 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from finetune.adapters import Group
 from finetune.errors import Fault
-from finetune.settings import Optim
+from finetune.settings import Full, Optim, Train
 
 BETAS = (0.9, 0.999)
 OWN_RATE = (0.1, 10.0)
 """Rates that make sense for an optimizer which finds its own: factors on what it finds, 1 being as it is."""
+
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+"""Engines that hold the weights in pieces of their own."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Known:
     module: str
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    separable: bool = True
+    """Whether a parameter's step follows from its own gradient and state, whatever the others' are."""
 
 
 KNOWN = {
@@ -48,7 +54,9 @@ KNOWN = {
     ),
     # Mishchenko & Defazio 2023, 2306.06101
     "prodigy": Known(
-        "prodigyopt", "prodigyopt", "Prodigy", {"betas": BETAS, "use_bias_correction": True, "safeguard_warmup": True}
+        *("prodigyopt", "prodigyopt", "Prodigy"),
+        {"betas": BETAS, "use_bias_correction": True, "safeguard_warmup": True},
+        separable=False,
     ),
     # Defazio et al. 2024, 2405.15682
     "schedulefree": Known("schedulefree", "schedulefree", "AdamWScheduleFree", {"betas": BETAS}),
@@ -87,6 +95,48 @@ def check(settings: Optim) -> None:
         _class(name)
 
 
+def check_full(full: Full, settings: Optim, train: Train, accelerator: Accelerator) -> None:
+    """Refuse what cannot step one parameter at a time as it was asked. Needs no model."""
+    bf16, early = full.weights == "bf16", full.optimizer_in_backward
+    asked = "--weights bf16" if bf16 else "--optimizer-in-backward"
+    name = settings.optimizer
+    if (bf16 or early) and name != "auto" and not KNOWN[name].separable:
+        raise Fault(
+            f"{asked} --optimizer {name}: weights step one at a time there, and this optimizer finds one rate over all "
+            "of them. Take another one."
+        )
+    if (bf16 or early) and accelerator.distributed_type in SHARDED:
+        raise Fault(
+            f"{asked}: {accelerator.distributed_type.value} holds and steps the weights in pieces of its own, which "
+            f"spares memory too. Leave {asked} out, or train without it."
+        )
+    if bf16 and train.precision != "bf16":
+        raise Fault(
+            f"--weights bf16 --precision {train.precision}: what is computed with bf16 weights is not more precise "
+            "than they are. Say --precision bf16."
+        )
+    if bf16 and name == "schedulefree":
+        raise Fault(
+            "--weights bf16 --optimizer schedulefree: it keeps the average that it learns in the weights alone, too "
+            "fine for bf16. Say --weights fp32, or take another optimizer."
+        )
+    if early and settings.max_grad_norm > 0:
+        raise Fault(
+            f"--optimizer-in-backward --max-grad-norm {settings.max_grad_norm:g}: the norm is known when all gradients "
+            "are, and the first weights have stepped by then. Say --max-grad-norm 0."
+        )
+    if early and accelerator.num_processes > 1:
+        raise Fault(
+            f"--optimizer-in-backward: {accelerator.num_processes} processes average their gradients when the backward "
+            "pass has them all. Train in one process, or leave it out."
+        )
+    if early and train.precision == "fp16":
+        raise Fault(
+            "--optimizer-in-backward --precision fp16: whether its loss scale was too high is known when all gradients "
+            "are, and the first weights have stepped by then. Say --precision bf16 or fp32."
+        )
+
+
 def optimizer(groups: list[Group], settings: Optim, device: torch.device) -> Optimizer:
     """The optimizer over all groups, each at its own rate, ready to step. Raises Fault, see `check`."""
     check(settings)
@@ -105,7 +155,7 @@ def settled(optimizer: Optimizer) -> Iterator[None]:
     Of most optimizers they are the weights that train. The schedule-free ones train at points between an average and
     the latest weights, and the average is what is learned (Defazio et al. 2024, 2405.15682, eq. 6-8).
     """
-    if not hasattr(_inner(optimizer), "eval"):
+    if not hasattr(_inner(optimizer)[0], "eval"):
         yield
         return
     training = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
@@ -168,14 +218,15 @@ def _class(name: str) -> Any:
         ) from None
 
 
-def _inner(optimizer: Any) -> Any:
-    """The optimizer itself, out of Accelerate's wrapper."""
+def _inner(optimizer: Any) -> list[Any]:
+    """The optimizer itself, out of Accelerate's wrapper; or those of the single parameters."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    return optimizer
+    return getattr(optimizer, "parts", [optimizer])
 
 
 def _switch(optimizer: Optimizer, mode: str) -> None:
     """Tell the optimizers that ask for it whether what follows is training or use of the weights."""
-    if switch := getattr(_inner(optimizer), mode, None):
-        switch()
+    for part in _inner(optimizer):
+        if switch := getattr(part, mode, None):
+            switch()

@@ -150,8 +150,9 @@ class Run:
         try:
             while training.done < self.train.steps:
                 yield from self._until_done(training)
-        except NotFinite:
-            self.keeper.keep(training, "failed")
+        except NotFinite as fault:
+            if not fault.torn:
+                self.keeper.keep(training, "failed")
             raise
         if training.validations:
             self.say(self.keeper.verdict(training))

@@ -183,6 +183,19 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Full:
+    """All weights of the denoiser train: how they are held and stepped where memory is short."""
+
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the weights that train. bf16 takes half the memory; what a step leaves of each weight is rounded up
+    or down by chance, so that small steps add up (Zamirai et al. 2020, 2010.06192). It needs --precision bf16."""
+    optimizer_in_backward: bool = False
+    """Step each weight as soon as its gradient is known and free that: the gradients of the whole model are never held
+    together, unless a step has several passes. The same training to the bit; needs --max-grad-norm 0. When a gradient
+    is not finite, other weights may have stepped: the run goes on from the last checkpoint."""
+
+
+@dataclass(frozen=True)
 class Optim:
     """Optimizer and learning rate."""
 

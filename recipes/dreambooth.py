@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import finetune as ft
-from finetune.settings import Captions, Data, Framing, Loss, Model, Optim, Output, Prior, Samples, Train
+from finetune.settings import Captions, Data, Framing, Full, Loss, Model, Optim, Output, Prior, Samples, Train
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Config:
     captions: Captions = field(default_factory=Captions)
     framing: Framing = field(default_factory=Framing)
     prior: Prior = field(default_factory=Prior)
+    full: Full = field(default_factory=Full)
     optim: Optim = field(default_factory=lambda: Optim(lr=5e-6))
     train: Train = field(default_factory=lambda: Train(steps=800))
     loss: Loss = field(default_factory=Loss)
@@ -36,6 +37,7 @@ def main(config: Config) -> None:
     ft.priors.check(config.prior, config.data, examples)
     ft.objective.check(config.loss)
     ft.loop.require_no_base(config.loss)
+    ft.optim.check_full(config.full, config.optim, config.train, run.accelerator)
     run.hold()
 
     # The base, frozen. It draws the class pictures before it learns anything.
@@ -50,7 +52,7 @@ def main(config: Config) -> None:
     subjects, companions, held = (ft.data.plan(each, *how) for each in (examples, beside, held_out))
 
     # What trains: every weight of the denoiser, and of the text encoders where a rate is given for them.
-    groups = ft.adapters.full(family, config.optim.lr, config.optim.text_encoder_lr)
+    groups = ft.adapters.full(family, config.optim.lr, config.optim.text_encoder_lr, config.full.weights)
     run.begin(family, groups, subjects, companions, held, report.warnings)
 
     # Latents and conditions, computed once. The VAE then leaves the memory, and the text encoders unless they train.
@@ -64,7 +66,9 @@ def main(config: Config) -> None:
         return str(run.folder / name)
 
     prompts = config.samples.sample_prompts or ft.data.prompts(examples)
-    training = ft.Training(family, groups, encodings, config.train, config.optim, config.loss, run.accelerator)
+    training = ft.Training(
+        family, groups, encodings, config.train, config.optim, config.loss, run.accelerator, config.full
+    )
     run.resume(training, source)
     for step in run.steps(training):
         if run.leads and ft.due(step, config.train.save_every) and step < config.train.steps:
