@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune import config as configuration
-from finetune import data, engine, families, optim
+from finetune import data, engine, families, optim, sharding
 from finetune.adapters import Group
 from finetune.data import Item
 from finetune.data.encoding import Turn
@@ -59,8 +59,9 @@ class Run:
             mixed_precision="no" if train.precision == "fp32" else train.precision,
             log_with=None if self.tracker == "none" else self.tracker,
             project_dir=self.folder,
+            cpu=engine.device() == "cpu",  # else processes on a CPU would each take themselves for the only one
         )
-        _require_processes(train.processes, self.accelerator.num_processes)
+        engine.require(train, self.accelerator)
         self.console = Console(quiet=not self.leads)
         self.keeper = Keeper(config, output, train, self.leads)
 
@@ -137,6 +138,7 @@ class Run:
             try:
                 while training.done < self.train.steps:
                     yield from self._until_done(training, signals)
+                self._require_equal(training)
             except Failure as fault:
                 if isinstance(fault, NotFinite):
                     self.keeper.keep(training, "failed")
@@ -167,6 +169,12 @@ class Run:
             if self.train.on_nan == "stop" or not (said := self.keeper.roll_back(training)):
                 raise
             self.say(f"{fault.message.partition(';')[0]}: {said}")
+
+    def _require_equal(self, training: Training) -> None:
+        """Several processes must end with the same weights."""
+        if self.accelerator.num_processes > 1:
+            sharding.require_equal(training.parameters, self.accelerator)
+            self.say(f"the trained weights are equal in all {self.accelerator.num_processes} processes")
 
     def _agreed(self, received: str | None) -> str | None:
         """What any of the processes received: they ask one another after every step, and stop together."""
@@ -229,7 +237,7 @@ class Run:
             "class pictures": _beside(companions),
             "steps": f"{train.steps} of {self.batch} pictures: {train.steps * self.batch / epoch:.1f} epochs",
             "with": f"{optim.resolve(self.optim.optimizer, self.device)}, {train.precision}, {self.device}, "
-            f"{self.accelerator.num_processes} process(es), seed {train.seed}",
+            f"{self.accelerator.num_processes} process(es), {engine.running(self.accelerator)}, seed {train.seed}",
             "output": str(self.folder.absolute()),
         }
         for name, value in rows.items():
@@ -245,14 +253,6 @@ def due(step: int, every: int) -> bool:
 def _require_tracker(tracker: str) -> None:
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise Fault(f"--tracker {tracker}: it is not installed. `pip install {tracker}`, or --tracker none.")
-
-
-def _require_processes(asked: int | None, found: int) -> None:
-    if asked is not None and asked != found:
-        raise Fault(
-            f"--processes {asked}: {found} would train. Start them with `torchrun --nproc-per-node {asked} -m finetune "
-            "train ...`, or by accelerate launch with a configuration that says so."
-        )
 
 
 def _require_sense(train: Train) -> None:

@@ -216,6 +216,9 @@ class Train:
     """Passes whose gradients are added up before a step."""
     processes: int | None = None
     """Refuse to train with another number of processes than this: launchers may start one and say nothing."""
+    engine: Literal["any", "single", "ddp", "fsdp", "deepspeed"] = "any"
+    """Refuse to train on another engine than this, which the launcher's configuration chooses: `ddp` keeps all on each
+    GPU, `fsdp` (version 2) shares out weights, gradients and optimizer, `deepspeed` (ZeRO 1 or 2) what its file says."""
     precision: Precision = "fp32"
     """Precision of the forward and backward pass. Trained weights stay fp32; fp16 needs a GPU."""
     seed: int = 0
