@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from finetune.errors import Fault
 from finetune.settings import Train
@@ -38,6 +40,11 @@ def running(accelerator: Accelerator) -> str:
     return "single" if kind == "NO" else "ddp" if kind.startswith("MULTI_") else kind.lower()
 
 
+def is_sharding(accelerator: Accelerator) -> bool:
+    """Whether the engine shares out what one process would hold."""
+    return running(accelerator) in SHARDING
+
+
 def require(train: Train, accelerator: Accelerator) -> None:
     """Refuse to run on less, or on something else, than was asked for: launchers do so without a word."""
     found, engine = accelerator.num_processes, running(accelerator)
@@ -50,11 +57,12 @@ def require(train: Train, accelerator: Accelerator) -> None:
             f"{train.processes} -m finetune train ...`, or by accelerate launch with a configuration that says so."
         )
     for name, title in SHARDING.items():
-        if _is_set(f"ACCELERATE_USE_{name.upper()}") and engine != name:
+        asked = f"ACCELERATE_USE_{name.upper()}"
+        if _is_set(asked) and engine != name:
             raise Fault(
-                f"{title} was asked for (ACCELERATE_USE_{name.upper()}, by the launcher's configuration), but the engine "
-                f"would be {engine} with {found} process(es): Accelerate leaves {title} out without a word on CPUs and in "
-                "a single process. Start several processes on GPUs, or take it out of the configuration."
+                f"{title} was asked for ({asked}, by the launcher's configuration), but the engine would be {engine}, "
+                f"{found} process(es): Accelerate leaves {title} out without a word on a CPU and in a single process. "
+                "Start several processes on GPUs, or take it out of the configuration."
             )
     for name, why in UNUSED.items():
         if _is_set(name):
@@ -69,6 +77,22 @@ def require(train: Train, accelerator: Accelerator) -> None:
             f"gradient_accumulation_steps {accelerator.gradient_accumulation_steps} in the launcher's configuration: "
             "say --accumulation instead, which weighs the pictures of a step."
         )
+    if engine == "fsdp":
+        _require_fsdp(train, accelerator.state.fsdp_plugin)
+
+
+def _require_fsdp(train: Train, plugin: Any) -> None:
+    """Refuse what the loop does not do with FSDP, and what it does itself."""
+    if plugin.fsdp_version != 2:
+        raise Fault(f"fsdp_version {plugin.fsdp_version}: say `fsdp_version: 2` in the launcher's configuration.")
+    if train.precision == "fp16":
+        raise Fault("--precision fp16: its loss scale is not shared between FSDP's processes. Take bf16.")
+    if plugin.activation_checkpointing:
+        raise Fault("fsdp_activation_checkpointing: say --gradient-checkpointing instead.")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise Fault("fsdp_offload_params: not supported. Take more processes, or --gradient-checkpointing.")
+    if getattr(plugin.auto_wrap_policy, "__name__", "") == "size_based_auto_wrap_policy":
+        raise Fault("fsdp_auto_wrap_policy SIZE_BASED_WRAP: say TRANSFORMER_BASED_WRAP, the model knows its blocks.")
 
 
 def _is_set(name: str) -> bool:

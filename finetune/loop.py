@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from finetune import adapters, families, keys, optim
+from finetune import adapters, engine, families, keys, optim, sharding
 from finetune.adapters import Group
 from finetune.batches import Batch, Batches, drawn
 from finetune.data.encoding import Encodings
@@ -48,6 +48,7 @@ class PictureLoss(nn.Module):
     def __init__(self, family: Family, data: Encodings, settings: Loss) -> None:
         super().__init__()
         self.parts = nn.ModuleDict(families.modules(family))
+        self._no_split_modules = _blocks(self.parts)
         self.family, self.objective, self.data, self.settings = family, family.objective(), data, settings
 
     def forward(self, batch: Batch) -> Tensor:
@@ -124,16 +125,22 @@ class Training:
         self.train, self.settings, self.accelerator = train, settings, accelerator
         self.done = 0
         """Steps done"""
+        self.kind = optim.resolve(settings.optimizer, accelerator.device, engine.is_sharding(accelerator))
         parts = train.accumulation * accelerator.num_processes
         order = Order(data.subjects, data.companions, train.batch_size * parts, train.seed)
         model = PictureLoss(family, data, loss).to(accelerator.device)
-        optimizer = optim.optimizer(list(groups), settings, accelerator.device)
+        optimizer = optim.optimizer(list(groups), settings, accelerator.device, engine.is_sharding(accelerator))
         self.scheduler = optim.schedule(optimizer, settings, train.steps)
         self.batches = Batches(data, order, model.objective.timesteps, accelerator.device)
         if train.gradient_checkpointing:
             _checkpoint_activations(family)
-        self.parameters = _named(family, groups)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        names = _names(family, groups)
+        asks = bool(loss.unmasked_prior) or any(i.example.taught and i.example.lesson is None for i in data.companions)
+        sharding.require_no_questions(asks, accelerator)
+        self.whole = sharding.Whole(family, accelerator)
+        self.model, self.optimizer = sharding.prepare(model, optimizer, accelerator)
+        own = dict(model.parts.named_parameters())  # other ones than before where they are shared out
+        self.parameters = {name: own[name] for name in names}
 
     def __iter__(self) -> Iterator[Report]:
         """Take the steps that are left, yielding after each.
@@ -145,14 +152,16 @@ class Training:
             yield self._step()
 
     def state(self) -> dict[str, Any]:
-        """What is trained, and what its training remembers."""
+        """What is trained, and what its training remembers, whole in the leading process. All processes must ask."""
         scaler = self.accelerator.scaler
-        return {
+        state = {
             "parameters": {name: parameter.data for name, parameter in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
+            "kind": self.kind,
             "schedule": self.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
         }
+        return sharding.gathered(state, self.accelerator.is_main_process)
 
     def load(self, done: int, state: dict[str, Any]) -> None:
         """Go on from a state after so many steps. Raises Fault when it is not one of this training."""
@@ -164,23 +173,33 @@ class Training:
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(state["parameters"][name])
+                parameter.copy_(sharding.like(state["parameters"][name], parameter))
         if state["optimizer"] is None:
             raise Fault("the checkpoint holds no optimizer state. Resume from another one.")
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("kind", self.kind) != self.kind:
+            raise Fault(
+                f"the checkpoint holds {state['kind']}'s state, not {self.kind}'s: --optimizer {state['kind']}."
+            )
+        self.optimizer.load_state_dict(sharding.optimizer_state(state["optimizer"], self.optimizer))
         self.scheduler.load_state_dict(state["schedule"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.optimizer.zero_grad()  # of a step that was not finite, gradients are left
         self.done = done
 
-    def settled(self) -> AbstractContextManager[None]:
-        """Inside, the weights are those to use, where the optimizer trains others: to sample and export on the way."""
-        return optim.settled(self.optimizer)
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Inside, the weights are those to use, where the optimizer trains others: to sample and export on the way.
+
+        All processes must enter; the leading one then has all weights.
+        """
+        with optim.settled(self.optimizer), self.whole.lent():
+            yield
 
     def settle(self) -> None:
-        """After the last step: the weights become those to use."""
+        """After the last step: the weights become those to use. All processes must ask."""
         optim.settle(self.optimizer)
+        self.whole.put()
 
     def slow_down(self, factor: float) -> None:
         """Multiply all learning rates, now and to come."""
@@ -192,7 +211,7 @@ class Training:
     def _step(self) -> Report:
         start, lr, step = time.perf_counter(), float(self.scheduler.get_last_lr()[0]), self.done
         loss = _accumulate(self.model, self.batches, step, self.train, self.accelerator)
-        parameters = list(self.parameters.values())
+        parameters = [p for p in self.model.parameters() if p.requires_grad]  # in the order that FSDP compares them in
         norm = float(self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))
         _require_finite(loss, norm, step, self.batches, self.accelerator)
         self.optimizer.step()
@@ -203,11 +222,11 @@ class Training:
         return Report(step + 1, loss, norm, lr, time.perf_counter() - start)
 
 
-def _named(family: Family, groups: Sequence[Group]) -> dict[str, nn.Parameter]:
-    """The parameters that train, by part and name, in the groups' order."""
+def _names(family: Family, groups: Sequence[Group]) -> list[str]:
+    """The parameters that train, each by its part and its name in it, in the groups' order."""
     parts = families.modules(family)
     names = {id(p): f"{part}.{name}" for part in parts for name, p in parts[part].named_parameters()}
-    return {names[id(parameter)]: parameter for group in groups for parameter in group.parameters}
+    return [names[id(parameter)] for group in groups for parameter in group.parameters]
 
 
 def require_no_base(settings: Loss) -> None:
@@ -238,6 +257,7 @@ def _accumulate(model: nn.Module, batches: Batches, step: int, train: Train, acc
     world, rank = accelerator.num_processes, accelerator.process_index
     parts = [number * world + rank for number in range(train.accumulation)]
     passes = [(part, batch) for part in parts for batch in batches.make(step, part, train.accumulation * world)]
+    passes = sharding.evened(passes, accelerator)
     total = torch.zeros((), device=accelerator.device)
     for number, (part, batch) in enumerate(passes):
         last = number == len(passes) - 1
@@ -263,6 +283,12 @@ def _require_finite(loss: float, norm: float, step: int, batches: Batches, accel
 def _per_picture(values: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, 1)"""
     return values[:, None, None, None]
+
+
+def _blocks(parts: nn.Module) -> list[str]:
+    """The classes of the models' blocks, under the name by which engines that share out weights ask for them."""
+    told = {name for part in parts.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    return sorted(told & {type(part).__name__ for part in parts.modules()})
 
 
 def _checkpoint_activations(family: Family) -> None:

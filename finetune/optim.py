@@ -33,6 +33,9 @@ class Known:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+SHARDED = ("adamw",)
+"""Optimizers that were tested with a shared out state."""
+
 KNOWN = {
     # Loshchilov & Hutter 2017, 1711.05101
     "adamw": Known("torch", "torch.optim", "AdamW", {"betas": BETAS, "fused": True}),
@@ -57,9 +60,17 @@ KNOWN = {
 }
 
 
-def resolve(name: str, device: torch.device) -> str:
-    """`auto` is the 8-bit AdamW on a GPU, where it saves memory and costs nothing, and AdamW elsewhere."""
-    return {"cuda": "adamw8bit"}.get(device.type, "adamw") if name == "auto" else name
+def resolve(name: str, device: torch.device, sharded: bool = False) -> str:
+    """`auto` is the 8-bit AdamW on a GPU, where it saves memory and costs nothing, and AdamW elsewhere.
+
+    `sharded`: the engine shares out the optimizer's state. Raises Fault for those whose state has not the shape of the
+    weights, or whose step looks at all weights together.
+    """
+    if sharded and name not in ("auto", *SHARDED):
+        raise Fault(f"--optimizer {name}: not with an engine that shares out its state. Take {' or '.join(SHARDED)}.")
+    if name != "auto":
+        return name
+    return "adamw8bit" if device.type == "cuda" and not sharded else "adamw"
 
 
 def check(settings: Optim) -> None:
@@ -87,10 +98,10 @@ def check(settings: Optim) -> None:
         _class(name)
 
 
-def optimizer(groups: list[Group], settings: Optim, device: torch.device) -> Optimizer:
+def optimizer(groups: list[Group], settings: Optim, device: torch.device, sharded: bool = False) -> Optimizer:
     """The optimizer over all groups, each at its own rate, ready to step. Raises Fault, see `check`."""
     check(settings)
-    name = resolve(settings.optimizer, device)
+    name = resolve(settings.optimizer, device, sharded)
     rates = [{"params": group.parameters, "lr": group.lr} for group in groups]
     with redirect_stdout(None):  # Prodigy prints how it decays weights
         made = _class(name)(rates, lr=settings.lr, weight_decay=settings.weight_decay, **KNOWN[name].options)

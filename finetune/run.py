@@ -48,7 +48,7 @@ class Run:
 
     def __init__(self, config: Any, output: Output, train: Train, optimizer: Optim) -> None:
         """`config` is the recipe's whole configuration, kept with the run. Raises Fault when it cannot run as asked."""
-        self.config, self.train, self.optim = config, train, optimizer
+        self.config, self.train = config, train
         self.folder, self.tracker = output.output, output.tracker
         self.settings = configuration.asdict(config)
         _require_tracker(self.tracker)
@@ -62,8 +62,10 @@ class Run:
             cpu=engine.device() == "cpu",  # else processes on a CPU would each take themselves for the only one
         )
         engine.require(train, self.accelerator)
+        self.optimizer = optim.resolve(optimizer.optimizer, self.device, engine.is_sharding(self.accelerator))
         self.console = Console(quiet=not self.leads)
         self.keeper = Keeper(config, output, train, self.leads)
+        self.accelerator.wait_for_everyone()  # each has looked at the folder before one of them begins in it
 
     @property
     def leads(self) -> bool:
@@ -171,8 +173,8 @@ class Run:
             self.say(f"{fault.message.partition(';')[0]}: {said}")
 
     def _require_equal(self, training: Training) -> None:
-        """Several processes must end with the same weights."""
-        if self.accelerator.num_processes > 1:
+        """Several processes that each hold all weights must end with the same."""
+        if self.accelerator.num_processes > 1 and engine.running(self.accelerator) != "fsdp":
             sharding.require_equal(training.parameters, self.accelerator)
             self.say(f"the trained weights are equal in all {self.accelerator.num_processes} processes")
 
@@ -236,7 +238,7 @@ class Run:
             "pictures": "\n".join(data.describe(subjects, families.tokenizers(family), self._concepts)),
             "class pictures": _beside(companions),
             "steps": f"{train.steps} of {self.batch} pictures: {train.steps * self.batch / epoch:.1f} epochs",
-            "with": f"{optim.resolve(self.optim.optimizer, self.device)}, {train.precision}, {self.device}, "
+            "with": f"{self.optimizer}, {train.precision}, {self.device}, "
             f"{self.accelerator.num_processes} process(es), {engine.running(self.accelerator)}, seed {train.seed}",
             "output": str(self.folder.absolute()),
         }

@@ -66,9 +66,10 @@ def main(config: Config) -> None:
     training = ft.Training(family, groups, encodings, config.train, config.optim, config.loss, run.accelerator)
     run.resume(training, source)
     for step in run.steps(training):
-        if run.leads and ft.due(step, config.train.save_every) and step < config.train.steps:
+        if ft.due(step, config.train.save_every) and step < config.train.steps:
             with training.settled():
-                save(f"model-{step:06d}")
+                if run.leads:
+                    save(f"model-{step:06d}")
             ft.release_frozen(family)
         if ft.due(step, config.samples.sample_every):
             with training.settled():
