@@ -36,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (Fault, KeyboardInterrupt) as stop:
         if os.environ.get("FINETUNE_DEBUG"):
             raise
+        status = stop.status if isinstance(stop, Fault) else INTERRUPTED
         if peers.first_to_say(str(stop), isinstance(stop, Stopped | peers.PeerLost)):
-            _say(str(stop) or "Stopped.")
-        sys.exit(stop.status if isinstance(stop, Fault) else INTERRUPTED)
+            _say(str(stop) or "Stopped.", "red" if status else "green")
+        sys.exit(status)
 
 
 def _dispatch(words: list[str]) -> None:
@@ -148,11 +149,11 @@ def _table(title: str, rows: dict[str, str] | dict[str, Verb]) -> str:
     return "\n".join([title, *(f"  {name:{width}}  {text}" for name, text in texts.items())])
 
 
-def _say(message: str) -> None:
+def _say(message: str, colour: str) -> None:
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
-    console.print(message, style="red", markup=False, soft_wrap=not console.is_terminal)
+    console.print(message, style=colour, markup=False, soft_wrap=not console.is_terminal)
 
 
 @dataclass(frozen=True)

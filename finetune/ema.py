@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from finetune.errors import Fault
 from finetune.settings import Optim, Train
+from finetune.sharding import like
 
 
 def check(train: Train, optim: Optim) -> None:
@@ -72,7 +73,7 @@ class Average:
             raise Fault("the average is of other weights than are trained now. Resume with the run's own settings.")
         with torch.no_grad():
             for name, shadow in self.shadow.items():
-                shadow.copy_(values[name])
+                shadow.copy_(like(values[name], shadow))
 
     @torch.no_grad()
     def _set(self, values: Mapping[str, Tensor]) -> None:

@@ -26,6 +26,12 @@ class Fault(Exception):
         self.details = list(details)
 
 
+class Finished(Fault):
+    """What was asked for is done already."""
+
+    status = 0
+
+
 class Stopped(Fault):
     """A signal asked a run to stop; its state is kept."""
 

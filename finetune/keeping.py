@@ -17,13 +17,14 @@ from filelock import FileLock
 from finetune import checkpoints, config, disk, ledger
 from finetune.checkpoints import Checkpoint
 from finetune.data import Item
-from finetune.errors import Fault
+from finetune.errors import Fault, Finished
 from finetune.loop import Training
 from finetune.settings import Output, Train
 
 LOG = "log.jsonl"
 FREE = frozenset({
-    *("output", "resume", "allow_changed", "tracker", "cache", "use_cache", "batch_size", "accumulation", "processes"),
+    *("output", "resume", "resume_or_begin", "allow_changed", "tracker", "cache", "use_cache"),
+    *("batch_size", "accumulation", "processes", "engine"),
     *("save_every", "checkpoint_every", "keep_last", "keep_every", "on_nan", "ema_on_cpu", "validate_every"),
     "optimizer_in_backward",
     *("sample_every", "sample_prompts", "sample_steps", "sample_guidance"),
@@ -44,10 +45,11 @@ class Keeper:
 
     def __init__(self, run: Any, output: Output, train: Train, leads: bool) -> None:
         """`run`: the recipe's whole configuration. Raises Fault when the folder does not suit."""
-        self.folder, self.resume, self.allow_changed = output.output, output.resume, output.allow_changed
+        self.folder, self.allow_changed = output.output, output.allow_changed
+        self.resume = output.resume or (output.resume_or_begin and _is_begun(self.folder))
         self.train, self.leads = train, leads
         self.rolled_back, self.factor = 0, 1.0  # how often; and what is left of the rate
-        self.config = replace(run, output=replace(output, resume=False, allow_changed=False))
+        self.config = replace(run, output=replace(output, resume=False, resume_or_begin=False, allow_changed=False))
         self._lock: FileLock | None = None
         self._made: list[Path] = []  # folders that are there for the lock alone
         self._begun = False
@@ -117,11 +119,12 @@ class Keeper:
         return f"back to step {found.step}, on at {self.factor:g} of the rate"
 
     def keep(self, training: Training, state: str = "running") -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step. All processes must ask."""
+        held = training.state()
         if not self.leads:
             return
         kept = {
-            "training": training.state(),
+            "training": held,
             "settings": config.asdict(self.config),
             "identity": self.identity,
             "factor": self.factor,
@@ -168,6 +171,14 @@ class Keeper:
             )
         if lines:
             log.warning("goes on although changed: %s", "; ".join(lines))
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether there is a run to go on with. Raises Finished where it needs no more."""
+    entry = ledger.read(folder)
+    if entry is not None and entry.state == "finished":
+        raise Finished(f"{folder}: the run there is finished: nothing is left to do.")
+    return entry is not None
 
 
 def _require(folder: Path, resume: bool) -> None:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from finetune import adapters, families, keys, optim, rounding
+from finetune import adapters, engine, families, keys, optim, rounding, sharding
 from finetune.adapters import Group
 from finetune.batches import Batch, Batches, drawn
 from finetune.data.encoding import Encodings, Track
@@ -62,6 +62,7 @@ class PictureLoss(nn.Module):
     def __init__(self, family: Family, data: Encodings, settings: Loss) -> None:
         super().__init__()
         self.parts = nn.ModuleDict(families.modules(family))
+        self._no_split_modules = _blocks(self.parts)
         self.family, self.objective, self.data, self.settings = family, family.objective(), data, settings
 
     def forward(self, batch: Batch, settings: Loss | None = None) -> Tensor:
@@ -143,6 +144,7 @@ class Training:
         """Of each step done"""
         self.validations: dict[int, float] = {}
         """Steps done -> loss on the held-out pictures"""
+        self.kind = optim.resolve(settings.optimizer, accelerator.device, engine.is_sharding(accelerator))
         parts = train.accumulation * accelerator.num_processes
         order = Order(data.subjects, data.companions, train.batch_size * parts, train.seed)
         model = PictureLoss(family, data, loss).to(accelerator.device)
@@ -151,11 +153,16 @@ class Training:
         self.batches = Batches(data, order, model.objective.timesteps, accelerator.device)
         if train.gradient_checkpointing:
             _checkpoint_activations(family)
-        self.parameters = _named(family, groups)
+        names = _names(family, groups)
+        asks = bool(loss.unmasked_prior) or any(i.example.taught and i.example.lesson is None for i in data.companions)
+        sharding.require_no_questions(asks, accelerator)
+        self.whole = sharding.Whole(family, accelerator)
+        self.model, self.optimizer = sharding.prepare(model, optimizer, accelerator)
+        own = dict(model.parts.named_parameters())  # other ones than before where they are shared out
+        self.parameters = {name: own[name] for name in names}
         self.names = {parameter: name for name, parameter in self.parameters.items()}
         self.average = Average(self.parameters, train.ema, "cpu" if train.ema_on_cpu else None) if train.ema else None
         self.validation = Validation(self.batches, train.batch_size, accelerator)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     def __iter__(self) -> Iterator[Report]:
         """Take the steps that are left, yielding after each.
@@ -169,17 +176,19 @@ class Training:
             yield self._step()
 
     def state(self) -> dict[str, Any]:
-        """What is trained, and what its training remembers."""
+        """What is trained, and what its training remembers, whole in the leading process. All processes must ask."""
         scaler = self.accelerator.scaler
-        return {
+        state = {
             "parameters": {name: parameter.data for name, parameter in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
+            "kind": self.kind,
             "schedule": self.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
             "average": self.average.state() if self.average else None,
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "validations": self.validations,
         }
+        return sharding.gathered(state, self.accelerator.is_main_process)
 
     def load(self, done: int, state: dict[str, Any]) -> None:
         """Go on from a state after so many steps. Raises Fault when it is not one of this training."""
@@ -191,10 +200,14 @@ class Training:
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(state["parameters"][name])
+                parameter.copy_(sharding.like(state["parameters"][name], parameter))
         if state["optimizer"] is None:
             raise Fault("the checkpoint holds no optimizer state. Resume from another one.")
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("kind", self.kind) != self.kind:
+            raise Fault(
+                f"the checkpoint holds {state['kind']}'s state, not {self.kind}'s: --optimizer {state['kind']}."
+            )
+        self.optimizer.load_state_dict(sharding.optimizer_state(state["optimizer"], self.optimizer))
         self.scheduler.load_state_dict(state["schedule"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -205,15 +218,24 @@ class Training:
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """Inside, the weights are those to use, where others train: to sample, measure and export on the way."""
+        """Inside, the weights are those to use, where others train: to sample and export on the way.
+
+        All processes must enter; the leading one then has all weights.
+        """
+        with self._in_use(), self.whole.lent():
+            yield
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
         with optim.settled(self.optimizer), self.average.applied() if self.average else nullcontext():
             yield
 
     def settle(self) -> None:
-        """After the last step: the weights become those to use."""
+        """After the last step: the weights become those to use. All processes must ask."""
         optim.settle(self.optimizer)
         if self.average:
             self.average.apply()
+        self.whole.put()
 
     def slow_down(self, factor: float) -> None:
         """Multiply all learning rates, now and to come."""
@@ -223,7 +245,8 @@ class Training:
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _optimizer(self, groups: Sequence[Group], full: Full) -> tuple[Optimizer, InBackward | None]:
-        make = partial(optim.optimizer, settings=self.settings, device=self.accelerator.device)
+        sharded = engine.is_sharding(self.accelerator)
+        make = partial(optim.optimizer, settings=self.settings, device=self.accelerator.device, sharded=sharded)
         if full == Full():
             return make(list(groups)), None
         one_by_one = PerParameter(groups, make, self._rounded)
@@ -255,7 +278,7 @@ class Training:
 
     def _clip(self) -> float:
         """Clip the gradients; their norm before."""
-        parameters = list(self.parameters.values())
+        parameters = [p for p in self.model.parameters() if p.requires_grad]  # in the order that FSDP compares them in
         return float(self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))
 
     def _validates(self) -> bool:
@@ -263,7 +286,7 @@ class Training:
         return bool(self.validation) and any(due(self.done, steps) for steps in every)
 
     def _validate(self) -> float:
-        with self.settled():
+        with self._in_use():
             self.validations[self.done] = self.validation.measure(self.model)
         return self.validations[self.done]
 
@@ -273,11 +296,11 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _named(family: Family, groups: Sequence[Group]) -> dict[str, nn.Parameter]:
-    """The parameters that train, by part and name, in the groups' order."""
+def _names(family: Family, groups: Sequence[Group]) -> list[str]:
+    """The parameters that train, each by its part and its name in it, in the groups' order."""
     parts = families.modules(family)
     names = {id(p): f"{part}.{name}" for part in parts for name, p in parts[part].named_parameters()}
-    return {names[id(parameter)]: parameter for group in groups for parameter in group.parameters}
+    return [names[id(parameter)] for group in groups for parameter in group.parameters]
 
 
 def require_no_base(settings: Loss) -> None:
@@ -321,6 +344,7 @@ def _accumulate(
     world, rank = accelerator.num_processes, accelerator.process_index
     parts = [number * world + rank for number in range(train.accumulation)]
     passes = [(part, batch) for part in parts for batch in batches.make(step, part, train.accumulation * world)]
+    passes = sharding.evened(passes, accelerator)
     total = torch.zeros((), device=accelerator.device)
     for number, (part, batch) in enumerate(passes):
         last = number == len(passes) - 1
@@ -355,6 +379,12 @@ def _require_finite(
 def _per_picture(values: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, 1)"""
     return values[:, None, None, None]
+
+
+def _blocks(parts: nn.Module) -> list[str]:
+    """The classes of the models' blocks, under the name by which engines that share out weights ask for them."""
+    told = {name for part in parts.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    return sorted(told & {type(part).__name__ for part in parts.modules()})
 
 
 def _checkpoint_activations(family: Family) -> None:

@@ -14,6 +14,7 @@ from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from finetune import engine
 from finetune.adapters import Group
 from finetune.errors import Fault
 from finetune.settings import Full, Optim, Train
@@ -21,9 +22,6 @@ from finetune.settings import Full, Optim, Train
 BETAS = (0.9, 0.999)
 OWN_RATE = (0.1, 10.0)
 """Rates that make sense for an optimizer which finds its own: factors on what it finds, 1 being as it is."""
-
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-"""Engines that hold the weights in pieces of their own."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,9 @@ class Known:
     separable: bool = True
     """Whether a parameter's step follows from its own gradient and state, whatever the others' are."""
 
+
+SHARDED = ("adamw",)
+"""Optimizers that were tested with a shared out state."""
 
 KNOWN = {
     # Loshchilov & Hutter 2017, 1711.05101
@@ -65,9 +66,17 @@ KNOWN = {
 }
 
 
-def resolve(name: str, device: torch.device) -> str:
-    """`auto` is the 8-bit AdamW on a GPU, where it saves memory and costs nothing, and AdamW elsewhere."""
-    return {"cuda": "adamw8bit"}.get(device.type, "adamw") if name == "auto" else name
+def resolve(name: str, device: torch.device, sharded: bool = False) -> str:
+    """`auto` is the 8-bit AdamW on a GPU, where it saves memory and costs nothing, and AdamW elsewhere.
+
+    `sharded`: the engine shares out the optimizer's state. Raises Fault for those whose state has not the shape of the
+    weights, or whose step looks at all weights together.
+    """
+    if sharded and name not in ("auto", *SHARDED):
+        raise Fault(f"--optimizer {name}: not with an engine that shares out its state. Take {' or '.join(SHARDED)}.")
+    if name != "auto":
+        return name
+    return "adamw8bit" if device.type == "cuda" and not sharded else "adamw"
 
 
 def check(settings: Optim) -> None:
@@ -105,10 +114,11 @@ def check_full(full: Full, settings: Optim, train: Train, accelerator: Accelerat
             f"{asked} --optimizer {name}: weights step one at a time there, and this optimizer finds one rate over all "
             "of them. Take another one."
         )
-    if (bf16 or early) and accelerator.distributed_type in SHARDED:
+    if (bf16 or early) and engine.is_sharding(accelerator):
+        title = engine.SHARDING[engine.running(accelerator)]
         raise Fault(
-            f"{asked}: {accelerator.distributed_type.value} holds and steps the weights in pieces of its own, which "
-            f"spares memory too. Leave {asked} out, or train without it."
+            f"{asked}: {title} holds and steps the weights in pieces of its own, which spares memory too. "
+            f"Leave {asked} out, or train without {title}."
         )
     if bf16 and train.precision != "bf16":
         raise Fault(
@@ -137,10 +147,10 @@ def check_full(full: Full, settings: Optim, train: Train, accelerator: Accelerat
         )
 
 
-def optimizer(groups: list[Group], settings: Optim, device: torch.device) -> Optimizer:
+def optimizer(groups: list[Group], settings: Optim, device: torch.device, sharded: bool = False) -> Optimizer:
     """The optimizer over all groups, each at its own rate, ready to step. Raises Fault, see `check`."""
     check(settings)
-    name = resolve(settings.optimizer, device)
+    name = resolve(settings.optimizer, device, sharded)
     rates = [{"params": group.parameters, "lr": group.lr} for group in groups]
     with redirect_stdout(None):  # Prodigy prints how it decays weights
         made = _class(name)(rates, lr=settings.lr, weight_decay=settings.weight_decay, **KNOWN[name].options)

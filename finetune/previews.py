@@ -17,20 +17,21 @@ def preview(
 ) -> None:
     """Write `samples/step-000100-0.png` ...: one picture a prompt, always from the same seeds.
 
-    The parts that are out of memory while training come back for it and go again.
+    The parts that are out of memory while training come back for it, in the leading process, and go again.
     """
+    if not run.leads:
+        return
     families.restore(family, source, run.dtype)
     family.pipeline.to(run.device)
-    if run.accelerator.is_main_process:
-        seeds = range(run.train.seed, run.train.seed + len(prompts))
-        with run.accelerator.autocast():
-            pictures = sampling.sample(
-                family, prompts, seeds, steps=settings.sample_steps, guidance=settings.sample_guidance, size=size
-            )
-        folder = run.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        for number, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
-            facts = {"prompt": prompt, "seed": seed, "step": step, "model": source.model, "revision": source.revision}
-            facts |= {"steps": settings.sample_steps, "guidance": settings.sample_guidance}
-            save_png(picture, folder / f"step-{step:06d}-{number}.png", facts)
+    seeds = range(run.train.seed, run.train.seed + len(prompts))
+    with run.accelerator.autocast():
+        pictures = sampling.sample(
+            family, prompts, seeds, steps=settings.sample_steps, guidance=settings.sample_guidance, size=size
+        )
+    folder = run.folder / "samples"
+    folder.mkdir(exist_ok=True)
+    for number, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
+        facts = {"prompt": prompt, "seed": seed, "step": step, "model": source.model, "revision": source.revision}
+        facts |= {"steps": settings.sample_steps, "guidance": settings.sample_guidance}
+        save_png(picture, folder / f"step-{step:06d}-{number}.png", facts)
     release_frozen(family)

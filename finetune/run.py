@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune import config as configuration
-from finetune import data, disk, ema, engine, families, optim, signals
+from finetune import data, disk, ema, engine, families, optim, sharding, signals
 from finetune.adapters import Group
 from finetune.data import Item
 from finetune.data.encoding import Turn
@@ -49,7 +49,7 @@ class Run:
 
     def __init__(self, config: Any, output: Output, train: Train, optimizer: Optim) -> None:
         """`config` is the recipe's whole configuration, kept with the run. Raises Fault when it cannot run as asked."""
-        self.config, self.train, self.optim = config, train, optimizer
+        self.config, self.train = config, train
         self.folder, self.tracker = output.output, output.tracker
         self.settings = configuration.asdict(config)
         self.watch = Watch.now or Watch()
@@ -62,11 +62,14 @@ class Run:
             mixed_precision="no" if train.precision == "fp32" else train.precision,
             log_with=None if self.tracker == "none" else self.tracker,
             project_dir=self.folder,
+            cpu=engine.device() == "cpu",  # else processes on a CPU would each take themselves for the only one
         )
-        _require_processes(train.processes, self.accelerator.num_processes)
+        engine.require(train, self.accelerator)
+        self.optimizer = optim.resolve(optimizer.optimizer, self.device, engine.is_sharding(self.accelerator))
         self.console = Console(quiet=not self.leads)
         self.keeper = Keeper(config, output, train, self.leads)
         self._held = False
+        self.accelerator.wait_for_everyone()  # each has looked at the folder before one of them begins in it
 
     @property
     def leads(self) -> bool:
@@ -150,6 +153,7 @@ class Run:
         try:
             while training.done < self.train.steps:
                 yield from self._until_done(training)
+            self._require_equal(training)
         except NotFinite as fault:
             if not fault.torn:
                 self.keeper.keep(training, "failed")
@@ -178,6 +182,12 @@ class Run:
             if self.train.on_nan == "stop" or not (said := self.keeper.roll_back(training)):
                 raise
             self.say(f"{fault.message.partition(';')[0]}: {said}")
+
+    def _require_equal(self, training: Training) -> None:
+        """Several processes that each hold all weights must end with the same."""
+        if self.accelerator.num_processes > 1 and engine.running(self.accelerator) != "fsdp":
+            sharding.require_equal(training.parameters, self.accelerator)
+            self.say(f"the trained weights are equal in all {self.accelerator.num_processes} processes")
 
     def _agreed(self, received: str | None) -> str | None:
         """What any of the processes received: they ask one another after every step, and stop together."""
@@ -256,8 +266,8 @@ class Run:
             "class pictures": _beside(companions),
             "held out": ", ".join(item.example.name for item in held) or "none",
             "steps": f"{train.steps} of {self.batch} pictures: {train.steps * self.batch / epoch:.1f} epochs",
-            "with": f"{optim.resolve(self.optim.optimizer, self.device)}, {train.precision}, {self.device}, "
-            f"{self.accelerator.num_processes} process(es), seed {train.seed}",
+            "with": f"{self.optimizer}, {train.precision}, {self.device}, "
+            f"{self.accelerator.num_processes} process(es), {engine.running(self.accelerator)}, seed {train.seed}",
             "output": str(self.folder.absolute()),
         }
         for name, value in rows.items():
@@ -268,14 +278,6 @@ class Run:
 def _require_tracker(tracker: str) -> None:
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise Fault(f"--tracker {tracker}: it is not installed. `pip install {tracker}`, or --tracker none.")
-
-
-def _require_processes(asked: int | None, found: int) -> None:
-    if asked is not None and asked != found:
-        raise Fault(
-            f"--processes {asked}: {found} would train. Start them with `torchrun --nproc-per-node {asked} -m finetune "
-            "train ...`, or by accelerate launch with a configuration that says so."
-        )
 
 
 def _require_sense(train: Train) -> None:

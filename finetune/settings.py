@@ -230,6 +230,9 @@ class Train:
     """Passes whose gradients are added up before a step."""
     processes: int | None = None
     """Refuse to train with another number of processes than this: launchers may start one and say nothing."""
+    engine: Literal["any", "single", "ddp", "fsdp", "deepspeed"] = "any"
+    """Refuse to train on another engine than this; the launcher's configuration chooses it. `ddp` keeps all in each
+    process, `fsdp` (version 2) shares out weights, gradients and optimizer, `deepspeed` is ZeRO 1 or 2."""
     precision: Precision = "fp32"
     """Precision of the forward and backward pass. Trained weights stay fp32; fp16 needs a GPU."""
     seed: int = 0
@@ -312,6 +315,9 @@ class Output:
     """A new or empty folder for the run: the trained file, `settings.toml`, `log.jsonl`, samples."""
     resume: bool = False
     """Go on with the run in the output folder, from its newest whole checkpoint. Its settings are taken from there."""
+    resume_or_begin: bool = False
+    """As --resume where the output folder holds a run, else begin one: for clusters, which give the same command again.
+    Of a finished run it says so, with exit status 0."""
     allow_changed: bool = False
     """Go on although settings, base or data are not those that the checkpoint was made with."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"

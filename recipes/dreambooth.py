@@ -71,9 +71,10 @@ def main(config: Config) -> None:
     )
     run.resume(training, source)
     for step in run.steps(training):
-        if run.leads and ft.due(step, config.train.save_every) and step < config.train.steps:
+        if ft.due(step, config.train.save_every) and step < config.train.steps:
             with training.settled():
-                save(f"model-{step:06d}")
+                if run.leads:
+                    save(f"model-{step:06d}")
             ft.release_frozen(family)
         if ft.due(step, config.samples.sample_every):
             with training.settled():

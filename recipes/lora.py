@@ -72,9 +72,10 @@ def main(config: Config) -> None:
     training = ft.Training(family, groups, encodings, config.train, config.optim, config.loss, run.accelerator)
     run.resume(training, source)
     for step in run.steps(training):
-        if run.leads and ft.due(step, config.train.save_every) and step < config.train.steps:
+        if ft.due(step, config.train.save_every) and step < config.train.steps:
             with training.settled():
-                ft.export.adapter(family, run.folder / f"adapter-{step:06d}.safetensors", settings=run.settings)
+                if run.leads:
+                    ft.export.adapter(family, run.folder / f"adapter-{step:06d}.safetensors", settings=run.settings)
         if ft.due(step, config.samples.sample_every):
             with training.settled():
                 ft.preview(run, family, source, config.samples, prompts, max(sides), step)
