@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -63,7 +64,7 @@ def _page(module: str) -> Callable[[list[str], str], None]:
 
     def run(words: list[str], prog: str) -> None:
         page = importlib.import_module(module)
-        page.main(config.parse(page.Config, words, prog))
+        _work(page, config.parse(page.Config, words, prog))
 
     return run
 
@@ -85,7 +86,14 @@ def _train(words: list[str], prog: str) -> None:
     if not recipe:
         raise Fault(f"{prog}: which recipe? `{prog} RECIPE ...`, with one of: {', '.join(shelf.recipes())}.")
     page = shelf.load(recipe)
-    page.main(config.parse(page.Config, words, f"{prog} {recipe}"))
+    _work(page, config.parse(page.Config, words, f"{prog} {recipe}"))
+
+
+def _work(page: Any, asked: Any) -> None:
+    from finetune import memory
+
+    with memory.told(asked):
+        page.main(asked)
 
 
 def _of_the_run(words: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from finetune.settings import Output, Train
 LOG = "log.jsonl"
 FREE = frozenset({
     *("output", "resume", "allow_changed", "tracker", "cache", "use_cache", "batch_size", "accumulation", "processes"),
-    *("save_every", "checkpoint_every", "keep_last", "keep_every", "on_nan"),
+    *("save_every", "checkpoint_every", "keep_last", "keep_every", "on_nan", "gradient_checkpointing"),
     *("sample_every", "sample_prompts", "sample_steps", "sample_guidance"),
 })  # fmt: skip
 """Settings that may change between a checkpoint and what goes on from it: nothing that is trained follows from them.
