@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -67,7 +68,7 @@ def _page(module: str) -> Callable[[list[str], str], None]:
 
     def run(words: list[str], prog: str) -> None:
         page = importlib.import_module(module)
-        page.main(config.parse(page.Config, words, prog))
+        _work(page, config.parse(page.Config, words, prog))
 
     return run
 
@@ -101,6 +102,13 @@ def _train(words: list[str], prog: str) -> None:
     page = shelf.load(recipe)
     asked = config.parse(page.Config, words, f"{prog} {recipe}")
     with Watch(), peers.lost():
+        _work(page, asked)
+
+
+def _work(page: Any, asked: Any) -> None:
+    from finetune import memory
+
+    with memory.told(asked):
         page.main(asked)
 
 

@@ -26,7 +26,7 @@ FREE = frozenset({
     *("output", "resume", "resume_or_begin", "allow_changed", "tracker", "cache", "use_cache"),
     *("batch_size", "accumulation", "processes", "engine"),
     *("save_every", "checkpoint_every", "keep_last", "keep_every", "on_nan", "ema_on_cpu", "validate_every"),
-    "optimizer_in_backward",
+    *("optimizer_in_backward", "gradient_checkpointing"),
     *("sample_every", "sample_prompts", "sample_steps", "sample_guidance"),
 })  # fmt: skip
 """Settings that may change between a checkpoint and what goes on from it: nothing that is trained follows from them.

@@ -1,0 +1,171 @@
+"""Stop anywhere, go on, and nothing tells it from a run that was never stopped: of settings drawn at random."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from finetune import batches, cli
+
+STEPS = 5
+SIZES = [(64, 64), (128, 64), (70, 64), (64, 100), (64, 64)]
+RATES = {"adamw": "1e-2", "adamw8bit": "1e-2", "prodigy": "1", "schedulefree": "1e-2"}
+
+
+@dataclass(frozen=True)
+class Case:
+    recipe: str
+    optimizer: str
+    pictures: int
+    batch: int
+    accumulation: int
+    stops: list[tuple[int, int]]
+    """Where the signals come: within which steps, 1 the first, and in which pass of each."""
+    prior: bool
+    seed: int
+    checkpoint_every: int
+
+    @property
+    def words(self) -> list[str]:
+        told = {
+            "--optimizer": self.optimizer, "--lr": RATES[self.optimizer], "--batch-size": self.batch,
+            "--accumulation": self.accumulation, "--seed": self.seed, "--checkpoint-every": self.checkpoint_every,
+        }  # fmt: skip
+        words = [str(word) for pair in told.items() for word in pair]
+        words += ["--class-prompt", "a dog", "--class-images", "2", "--class-steps", "1"] if self.prior else []
+        words += ["--no-prior"] * (not self.prior) + ["--dropout", "0.3"] * (self.recipe == "lora")
+        return words + ["--schedule", "cosine"] * (self.optimizer != "schedulefree")
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    accumulation = draw(st.integers(1, 3))
+    steps = draw(st.lists(st.integers(1, STEPS - 1), min_size=1, max_size=2, unique=True).map(sorted))
+    return Case(
+        draw(st.sampled_from(["lora", "dreambooth"])),
+        draw(st.sampled_from(sorted(RATES))),
+        draw(st.integers(1, len(SIZES))),
+        draw(st.integers(1, 2)),
+        accumulation,
+        [(step, draw(st.integers(0, accumulation - 1))) for step in steps],
+        draw(st.integers(0, 3)) == 3,
+        draw(st.integers(0, 9)),
+        draw(st.sampled_from([0, 1, 2])),
+    )
+
+
+@contextmanager
+def asked_to_stop(step: int, part: int) -> Iterator[None]:
+    """SIGTERM to this process as it makes a pass of a step."""
+    make = batches.Batches.make
+
+    def watched(self: batches.Batches, now: int, number: int, parts: int) -> list[batches.Batch]:
+        if (now, number) == (step - 1, part):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make(self, now, number, parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches.Batches, "make", watched)
+        yield
+
+
+def draw_pictures(folder: Path, count: int) -> None:
+    folder.mkdir()
+    for number, size in enumerate(SIZES[:count]):
+        noise = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"sks dog, red, number {number}")
+
+
+def given_words(model: Path, pictures: Path) -> list[str]:
+    given = ["--model", str(model), "--data", str(pictures), "--tracker", "none", "--steps", str(STEPS)]
+    return [*given, "--max-upscale", "4", "--flip", "--shuffle-tags", "--caption-dropout", "0.2"]
+
+
+def told(run: Path) -> tuple[dict[str, bytes], list[tuple[int, float, float, float]]]:
+    """What a run has made, byte by byte, and its log without the times."""
+    files = [run / "adapter.safetensors", *sorted((run / "model").rglob("*.safetensors"))]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in lines]
+    return {str(file.relative_to(run)): file.read_bytes() for file in files if file.is_file()}, log
+
+
+def require_the_same(case: Case, model: Path, root: Path) -> None:
+    whole, stopped = root / "whole", root / "stopped"
+    draw_pictures(root / "pictures", case.pictures)
+    words = ["train", case.recipe, *given_words(model, root / "pictures"), *case.words]
+    cli.main([*words, "--output", str(whole)])
+    words += ["--output", str(stopped)]
+    for step, part in case.stops:
+        with asked_to_stop(step, part), pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        assert stop.value.code == 75
+        assert len(told(stopped)[1]) == step and not told(stopped)[0]
+        words = ["train", "--output", str(stopped), "--resume"]
+    cli.main(words)
+    made, log = told(whole)
+    assert made and len(log) == STEPS
+    assert told(stopped) == (made, log)
+
+
+def drawing(examples: int) -> settings:
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],  # a smaller example of a failure is not worth its minutes
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+@seed(2)
+@drawing(7)
+@given(case=cases())
+def test_stopped_and_resumed_is_the_same_to_the_bit(
+    case: Case, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    require_the_same(case, tiny_models["sd"], tmp_path_factory.mktemp("case"))
+
+
+@pytest.mark.slow
+@seed(1)
+@drawing(48)
+@given(case=cases())
+def test_of_many_more(case: Case, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> None:
+    require_the_same(case, tiny_models["sd"], tmp_path_factory.mktemp("case"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "optimizer"), [("lora", "adamw"), pytest.param("dreambooth", "prodigy", marks=pytest.mark.slow)]
+)
+def test_two_processes_stopped_and_resumed_are_the_same_to_the_bit(
+    recipe: str, optimizer: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    case = Case(recipe, optimizer, 3, 1, 2, [], recipe == "dreambooth", 3, 2)
+    draw_pictures(tmp_path / "pictures", case.pictures)
+    words = [recipe, *given_words(tiny_models["sd"], tmp_path / "pictures"), *case.words, "--processes", "2"]
+    script = [str(Path(__file__).parents[1] / "in_turn.py"), str(tmp_path), "3", *words]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *script],
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    made, log = told(tmp_path / "whole")
+    assert made and len(log) == STEPS
+    assert told(tmp_path / "stopped") == (made, log)
