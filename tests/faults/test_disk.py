@@ -9,35 +9,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from driver import Place, pictures
+from driver import Place
 from filelock import FileLock
 
-from finetune import checkpoints, cli, ledger, loop
-
-
-@pytest.fixture
-def place(tiny_models: dict[str, Path], tmp_path: Path) -> Place:
-    return Place(tmp_path / "run", Path(os.environ["FINETUNE_CACHE"]), tiny_models["sd"], pictures(tmp_path / "data"))
-
-
-@pytest.fixture
-def ended(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Run the command line in this process: its status, and what it said on stderr."""
-
-    def run(*words: str) -> tuple[int, str]:
-        capsys.readouterr()
-        try:
-            cli.main(words)
-        except SystemExit as stop:
-            return int(stop.code or 0), " ".join(capsys.readouterr().err.split())
-        return 0, ""
-
-    return run
-
+from finetune import checkpoints, class_pictures, keeping, ledger, loop, previews, weights
+from finetune.data import cache
 
 Ended = Callable[..., tuple[int, str]]
 
@@ -67,21 +48,22 @@ def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(
     how: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: Ended
 ) -> None:
     with monkeypatch.context() as patch:
-        fills_up(patch, 6, how)
+        fills_up(patch, 4, how)
         status, said = ended(*place.start())
     assert status == 1
-    assert "step-000006: the checkpoint could not be written (the disk is full)" in said
+    assert "step-000004: the checkpoint could not be written (the disk is full)" in said
     assert "Make room, then go on with --resume" in said
-    assert sorted(os.listdir(place.run / "checkpoints")) == ["step-000002", "step-000004"]
-    assert place.kept() == 4
+    assert sorted(os.listdir(place.run / "checkpoints")) == ["step-000002"]
+    assert place.kept() == 2
     entry = ledger.seen(place.run)
-    assert entry is not None and entry.state == "failed" and entry.step == 4
+    assert entry is not None and entry.state == "failed" and entry.step == 2
     assert ended(*place.resume()) == (0, "")
-    whole = Place(tmp_path / "whole", place.cache, place.model, place.pictures)
+    whole = replace(place, run=tmp_path / "whole")
     assert ended(*whole.start()) == (0, "")
     assert place.product() == whole.product() and place.losses() == whole.losses()
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files_is_said(place: Place) -> None:
     """The kernel's own refusal, in the middle of the tensors: no part of the process is replaced.
 
@@ -111,6 +93,49 @@ def test_a_limit_on_the_size_of_files_is_said(place: Place) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert place.product()
+
+
+WRITTEN: dict[str, tuple[object, str, int, str]] = {
+    "class pictures": (class_pictures, "sample", 1, "class-pictures/"),
+    "cache": (cache, "_checksum", 1, "encodings/pictures: the cache cannot be written"),
+    "settings": (keeping.config, "dumps", 1, "run/settings.toml: could"),
+    "log": (loop.Training, "_step", 3, "run: could"),
+    "state": (checkpoints, "_thin", 1, "run/run.json: could"),
+    "samples": (previews.sampling, "sample", 1, "run: could"),
+    "adapter": (weights, "_serialized", 1, "run/.unverified-adapter.safetensors: cannot be written"),
+}
+"""What is about to be written when a function is called so many times, and what is said when it cannot be"""
+
+
+@pytest.mark.parametrize("what", WRITTEN)
+def test_whatever_a_full_disk_refuses_is_said_and_gone_on_with(
+    what: str, place: Place, monkeypatch: pytest.MonkeyPatch, ended: Ended
+) -> None:
+    """The kernel refuses every byte beyond the first hundred of a file, from that call on."""
+    owner, name, call, named = WRITTEN[what]
+    limits, calls, before = resource.getrlimit(resource.RLIMIT_FSIZE), [], getattr(owner, name)
+
+    def last(*given: object, **more: object) -> object:
+        calls.append(1)
+        done = before(*given, **more)
+        if len(calls) == call:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        return done
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, last)
+            status, said = ended(*place.start("--sample-every", "2", "--sample-steps", "1"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 1 and named in said, said
+    assert "Make room" in said or "MB are needed there" in said
+    assert place.kept() == {"state": 2, "log": 2, "adapter": 4}.get(what, 0)
+    goes_on = place.resume() if place.begun else place.start()
+    assert ("Go on: `finetune train --output" in said) == (place.begun and what not in ("cache", "adapter"))
+    assert ended(*goes_on) == (0, "")
+    assert place.logged() == [1, 2, 3, 4] and place.product()
+    assert not list(place.run.glob(".*.writing")) and not list(place.cache.rglob("*.writing"))
 
 
 @pytest.mark.parametrize("below", ["", "folder"])
@@ -155,13 +180,14 @@ def test_a_folder_that_refuses_is_named(
     assert f"{place.run}: cannot be written to (Read-only file system)" in said and "Name another --output" in said
 
 
+@pytest.mark.slow
 def test_the_second_process_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch, ended: Ended) -> None:
     """One that begins and one that resumes, while the first trains. The first is not disturbed."""
     refused: list[tuple[int, str]] = []
     take = loop.Training._step
 
     def watched(self: loop.Training) -> loop.Report:
-        if self.done == 3 and not refused:
+        if self.done == 2 and not refused:
             for words in (place.start(), place.resume()):
                 command = [sys.executable, "-m", "finetune", *words]
                 done = subprocess.run(command, env=place.environment, capture_output=True, text=True, timeout=120)
@@ -174,4 +200,4 @@ def test_the_second_process_is_refused(place: Place, monkeypatch: pytest.MonkeyP
     assert (begun, resumed) == (2, 2)
     assert str(place.run) in said and "running" in said
     assert f"{place.run}: another process is training there" in more
-    assert [step for step, _ in place.losses()] == list(range(1, 13))
+    assert [step for step, _ in place.losses()] == list(range(1, 5))
