@@ -15,10 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 from driver import Place
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from finetune import checkpoints, class_pictures, keeping, ledger, loop, previews, weights
 from finetune.data import cache
+from finetune.errors import Fault
+from finetune.families import source
 
 Ended = Callable[..., tuple[int, str]]
 
@@ -43,7 +45,7 @@ def fills_up(monkeypatch: pytest.MonkeyPatch, at: int, how: str) -> None:
     monkeypatch.setattr(checkpoints, "_write", watched)
 
 
-@pytest.mark.parametrize("how", ["before", "within"])
+@pytest.mark.parametrize("how", [pytest.param("before", marks=pytest.mark.slow), "within"])
 def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(
     how: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: Ended
 ) -> None:
@@ -107,7 +109,12 @@ WRITTEN: dict[str, tuple[object, str, int, str]] = {
 """What is about to be written when a function is called so many times, and what is said when it cannot be"""
 
 
-@pytest.mark.parametrize("what", WRITTEN)
+SELDOM = ("settings", "samples", "adapter")
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=[pytest.mark.slow] if what in SELDOM else []) for what in WRITTEN]
+)
 def test_whatever_a_full_disk_refuses_is_said_and_gone_on_with(
     what: str, place: Place, monkeypatch: pytest.MonkeyPatch, ended: Ended
 ) -> None:
@@ -138,6 +145,11 @@ def test_whatever_a_full_disk_refuses_is_said_and_gone_on_with(
     assert not list(place.run.glob(".*.writing")) and not list(place.cache.rglob("*.writing"))
 
 
+def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is refused is refused before that."""
+    monkeypatch.setattr(source.Source, "load", lambda *given: pytest.fail("a model was loaded"))
+
+
 @pytest.mark.parametrize("below", ["", "folder"])
 def test_a_file_where_the_folder_should_be(
     below: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: Ended
@@ -145,7 +157,7 @@ def test_a_file_where_the_folder_should_be(
     """A file has the folder's name, or one of the folders above it is a file."""
     (tmp_path / "taken").write_text("mine")
     words = Place(tmp_path / "taken" / below, place.cache, place.model, place.pictures).start()
-    monkeypatch.setattr(loop.Training, "_step", lambda self: pytest.fail("a step was taken"))
+    loads_nothing(monkeypatch)
     status, said = ended(*words)
     assert status == 2
     assert str(tmp_path / "taken" / below) in said and "--output" in said
@@ -153,16 +165,15 @@ def test_a_file_where_the_folder_should_be(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_is_read_only(place: Place, tmp_path: Path, ended: Ended) -> None:
+def test_a_folder_that_is_read_only(place: Place, monkeypatch: pytest.MonkeyPatch, ended: Ended) -> None:
+    loads_nothing(monkeypatch)
     place.run.mkdir(mode=0o500)
     status, said = ended(*place.start())
     assert status == 2
     assert f"{place.run}: cannot be written to" in said and "Name another --output" in said
 
 
-def test_a_folder_that_refuses_is_named(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: Ended
-) -> None:
+def test_a_folder_that_refuses_is_named(place: Place, monkeypatch: pytest.MonkeyPatch, ended: Ended) -> None:
     """As above, for whoever tests as root: the lock is what is written first."""
 
     def refused(folder: Path, **given: object) -> ledger.FileLock:
@@ -173,11 +184,43 @@ def test_a_folder_that_refuses_is_named(
     def refuse() -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
+    loads_nothing(monkeypatch)
     monkeypatch.setattr(ledger, "FileLock", refused)
     place.run.mkdir()
     status, said = ended(*place.start())
     assert status == 2
     assert f"{place.run}: cannot be written to (Read-only file system)" in said and "Name another --output" in said
+
+
+def test_a_folder_that_another_holds(place: Place, monkeypatch: pytest.MonkeyPatch, ended: Ended) -> None:
+    """It draws class pictures, say: there is no run in its folder yet, and none will be begun there beside it."""
+    loads_nothing(monkeypatch)
+    place.run.mkdir()
+    with FileLock(place.run / ledger.LOCK):
+        status, said = ended(*place.start())
+    assert status == 2 and f"{place.run}: another process is training there" in said
+    assert [path.name for path in place.run.iterdir()] == [ledger.LOCK]
+
+
+@pytest.mark.parametrize("how", ["alone", "beside"])
+def test_of_what_is_refused_nothing_is_left(
+    how: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: Ended
+) -> None:
+    """The folder is held while the model is loaded. What somebody put there is let be."""
+    place = replace(place, run=tmp_path / "new" / "run")
+
+    def refused(self: source.Source, *given: object) -> None:
+        with pytest.raises(Timeout), FileLock(place.run / ledger.LOCK, timeout=0):
+            pass
+        if how == "beside":
+            (place.run / "mine").write_text("kept")
+        raise Fault("the model is broken")
+
+    monkeypatch.setattr(source.Source, "load", refused)
+    assert ended(*place.start()) == (2, "the model is broken")
+    assert (tmp_path / "new").exists() == (how == "beside")
+    if how == "beside":
+        assert [path.name for path in place.run.iterdir()] == ["mine"]
 
 
 @pytest.mark.slow
