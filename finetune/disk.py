@@ -38,14 +38,18 @@ def written(place: Path | None = None) -> Iterator[None]:
         if (why := refusal(error)) is None:
             raise
         file = getattr(error, "filename", None) or place or "a file"
-        raise Failure(f"{file}: could not be written ({why}). Make room, then: {signals.advice()}") from error
+        raise Failure(f"{file}: could not be written ({why}). Make room. {signals.advice()}") from error
 
 
 def write_text(file: Path, text: str) -> None:
-    """Written beside as `.NAME.writing` and renamed: readers see the old text or the whole new one."""
+    """Written beside as `.NAME.writing` and renamed: readers see the old text or the whole new one.
+
+    Raises Failure where the disk refuses.
+    """
     beside = file.with_name(f".{file.name}.writing")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
+    with written(file):
+        try:
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, file)
+        finally:
+            beside.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from finetune import signals
-from finetune.errors import Failure, Stopped
+from finetune.errors import FAILED, Fault, Stopped
 
 PATIENCE = timedelta(seconds=5)
 """For the launcher's store"""
@@ -49,8 +49,10 @@ def lost() -> Iterator[None]:
         ) from error
 
 
-class PeerLost(Failure):
-    """Another process has ended."""
+class PeerLost(Fault):
+    """Another process has ended. How its run ended is not for this one to say."""
+
+    status = FAILED
 
 
 def first_to_say(message: str, echo: bool) -> bool:

@@ -118,7 +118,8 @@ class Run:
         warnings: Sequence[str] = (),
     ) -> None:
         """Keep the settings in the folder, and say what is going to happen."""
-        signals.heed()
+        if asked := self._agreed(signals.received()):
+            raise signals.stopped(asked)
         if not self._held:
             self.hold()
         self.keeper.begin()
@@ -219,7 +220,7 @@ class Run:
         state = "stopped" if isinstance(error, Stopped) else "failed" if isinstance(error, Failure) else None
         try:
             self.keeper.end(state)
-        except OSError:
+        except (OSError, Failure):
             self.keeper.end()
 
     def finish(self, usage: str) -> None:

@@ -43,7 +43,7 @@ class Watch(ExitStack):
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
             os.write(2, NOTED)
         self.received = signal.Signals(number).name
 
@@ -61,4 +61,9 @@ def advice() -> str:
 def heed() -> None:
     """A place where nothing that was done is lost: raises Stopped when a signal has asked for it."""
     if name := received():
-        raise Stopped(f"Stopped by {name}; what is done is kept. {advice()}")
+        raise stopped(name)
+
+
+def stopped(name: str) -> Stopped:
+    """What is said of a signal where no step was taken yet."""
+    return Stopped(f"Stopped by {name}; what is done is kept. {advice()}")

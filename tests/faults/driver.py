@@ -51,12 +51,15 @@ class Place:
     cache: Path
     model: Path
     pictures: Path
+    steps: int = STEPS
+    class_images: int = 2
 
     def start(self, *flags: str) -> list[str]:
         """The words that begin it."""
         words = ["train", "lora", "--model", self.model, "--data", self.pictures, "--output", self.run]
-        words += ["--tracker", "none", "--steps", STEPS, "--checkpoint-every", EVERY, "--resolution", "64"]
-        words += ["--class-prompt", "a dog", "--class-images", "2", "--class-steps", "1", "--max-upscale", "4"]
+        words += ["--tracker", "none", "--steps", self.steps, "--checkpoint-every", EVERY, "--resolution", "64"]
+        words += ["--class-prompt", "a dog", "--class-images", self.class_images, "--class-steps", "1"]
+        words += ["--max-upscale", "4"]
         words += ["--flip", "--shuffle-tags", "--caption-dropout", "0.2", "--dropout", "0.3"]
         return [*map(str, words), "--lr", "1e-2", "--schedule", "cosine", *flags]
 
@@ -72,7 +75,7 @@ class Place:
     def environment(self) -> dict[str, str]:
         return {**os.environ, "FINETUNE_CACHE": str(self.cache)}
 
-    def steps(self) -> list[int]:
+    def logged(self) -> list[int]:
         """The steps that the log tells of; a line that was being written when the process was killed does not count."""
         file = self.run / "log.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
@@ -214,9 +217,9 @@ def fell(place: Place) -> str:
         return "removing"
     if any(name.endswith(".writing") for name in names):
         return "saving"
-    if place.kept() == STEPS:
+    if place.kept() == place.steps:
         return "exporting"
-    if place.steps():
+    if place.logged():
         return "training"
     return "before the first step"
 
@@ -266,13 +269,13 @@ def survive(
             return
         figures.kills += 1
         figures.fell[fell(place)] += 1
-        figures.lost[max(0, (place.steps() or [0])[-1] - place.kept())] += 1
+        figures.lost[max(0, (place.logged() or [0])[-1] - place.kept())] += 1
     if place.product() != whole.product():
         figures.unequal.append(f"{place.run.name}: the adapter")
     if dict(place.losses()) != dict(whole.losses()):
         figures.unequal.append(f"{place.run.name}: the log")
-    if place.steps() != whole.steps():
-        figures.repeated.append(f"{place.run.name}: steps {place.steps()}")
+    if place.logged() != whole.logged():
+        figures.repeated.append(f"{place.run.name}: steps {place.logged()}")
 
 
 def ask(root: Path, asked: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -283,11 +286,13 @@ def ask(root: Path, asked: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     """
     whole, told = uninterrupted(root, warm), []
     shown: dict[str, Callable[[Place], bool]] = {
+        "loading": lambda place: (place.run / ".lock").is_file(),
         "drawing": lambda place: any(place.cache.glob("class-pictures/*/*.png")),
         "caching": lambda place: place.begun,
-        "training": lambda place: len(place.steps()) >= 3,
+        "training": lambda place: len(place.logged()) >= 3,
         "saving": lambda place: any(place.run.glob("checkpoints/.step-*.writing")),
         "sampling": lambda place: any(place.run.glob("samples/*")),
+        "exporting": lambda place: any(place.run.glob(".unverified-adapter*")),
     }
     for number, (name, phase) in enumerate(asked):
         place = beside(whole, f"run-{number}")
@@ -299,8 +304,11 @@ def ask(root: Path, asked: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
         status = wait(pid)
         said = _text(place.run.with_suffix(".log"))
         left = _group_lives(pid)
+        state = json.loads((place.run / "run.json").read_text())["state"] if place.begun else None
         again = wait(warm(place.start(), place, place.run.with_suffix(".again")))
-        resumed = wait(warm(place.resume(), place, place.run.with_suffix(".resumed"))) if again else None
+        resumed = None
+        if status and again:
+            resumed = wait(warm(place.resume(), place, place.run.with_suffix(".resumed")))
         told.append(
             {
                 "signal": name,
@@ -308,9 +316,10 @@ def ask(root: Path, asked: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
                 "status": status,
                 "said": said[-1000:],
                 "left": left,
+                "state": state,
                 "again": again,
                 "resumed": resumed,
-                "equal": 0 in (again, resumed) and place.product() == whole.product(),
+                "equal": 0 in (status, again, resumed) and place.product() == whole.product(),
             }
         )
     return told
