@@ -49,7 +49,10 @@ class PictureLoss(nn.Module):
     def __init__(self, family: Family, data: Encodings, settings: Loss) -> None:
         super().__init__()
         self.parts = nn.ModuleDict(families.modules(family))
-        self.family, self.objective, self.data, self.settings = family, family.objective(), data, settings
+        self.family, self.data, self.settings = family, data, settings
+        objective = family.objective()
+        check(settings, objective.prediction)
+        self.objective = objective.zero_terminal() if settings.zero_terminal_snr else objective
 
     def forward(self, batch: Batch) -> Tensor:
         """L = w(t) * (mean(m * (prediction - target)^2) + u * mean((1 - mask) * (prediction - base)^2)), each picture.
@@ -59,11 +62,6 @@ class PictureLoss(nn.Module):
         class pictures). With `error`, another error stands for the square.
         """
         settings, objective = self.settings, self.objective
-        check(settings, objective.prediction)
-        if settings.zero_terminal_snr:
-            if batch.lessons is not None:
-                raise Fault("--zero-terminal-snr: the base was asked about other noise. Say --prior-from pictures.")
-            objective = objective.zero_terminal()
         batch = drawn(batch, settings, objective.timesteps)
         t = batch.timesteps
         noised = objective.noised(batch.latents, batch.input_noise, t)
@@ -220,9 +218,9 @@ def require_no_base(settings: Loss) -> None:
         )
 
 
-def ask(family: Family, data: Encodings, seed: int, accelerator: Accelerator) -> Encodings:
+def ask(family: Family, data: Encodings, loss: Loss, seed: int, accelerator: Accelerator) -> Encodings:
     """Ask the base, before anything has trained, for its prediction at each lesson's own noise and timestep."""
-    model = PictureLoss(family, data, Loss()).to(accelerator.device)
+    model = PictureLoss(family, data, Loss(zero_terminal_snr=loss.zero_terminal_snr)).to(accelerator.device)
     batches = Batches(data, Order(data.companions, (), 1, seed), model.objective.timesteps, accelerator.device)
     lessons: dict[int, Tensor] = {}
     for item in data.companions:

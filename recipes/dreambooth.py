@@ -43,6 +43,7 @@ def main(config: Config) -> None:
     sides = config.framing.resolution or (family.resolution(),)
     beside = ft.priors.examples(family, source, config.prior, config.data, examples, run.seed, max(sides), run.track)
     beside = ft.priors.lessons(beside, config.prior.class_images)  # nothing can be switched off to ask the base later
+    ft.sampling.as_trained(family, config.loss)
 
     # How each picture is scaled and cropped, and its captions varied.
     subjects = ft.data.plan(examples, config.framing, sides, family.multiple(), config.captions, run.seed)
@@ -55,7 +56,7 @@ def main(config: Config) -> None:
     # Latents and conditions, computed once. The VAE then leaves the memory, and the text encoders unless they train.
     encodings = ft.encode(family, subjects, companions, config.data, config.captions, run.track, run.turn)
     run.say(encodings.said())
-    encodings = ft.ask(family, encodings, run.seed, run.accelerator)
+    encodings = ft.ask(family, encodings, config.loss, run.seed, run.accelerator)
 
     def save(name: str) -> str:
         ft.families.restore(family, source, run.dtype)
