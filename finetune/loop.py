@@ -193,6 +193,7 @@ class Training:
         loss = _accumulate(self.model, self.batches, step, self.train, self.accelerator)
         parameters = list(self.parameters.values())
         norm = float(self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))
+        norm = float(self.accelerator.reduce(torch.tensor(norm, device=self.accelerator.device), "mean"))  # NaN of any
         _require_finite(loss, norm, step, self.batches, self.accelerator)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -140,6 +140,7 @@ class Run:
             except Failure as fault:
                 if isinstance(fault, NotFinite):
                     self.keeper.keep(training, "failed")
+                    self.accelerator.wait_for_everyone()  # launchers end the others as soon as one has ended
                 self.keeper.end("failed")
                 raise
             except BaseException:
