@@ -58,17 +58,22 @@ def main(config: Config) -> None:
     files = _files(config)
     facts = [_checked(path, scale) for path, scale in zip(config.adapter, _scales(config), strict=True)]
 
-    from finetune import engine, families
+    from finetune import engine, export, families
     from finetune.pictures import grid, save_png
+    from finetune.sampling import begin_at_noise
 
     source = families.Source(config.model.model, config.model.revision, config.model.model_config)
     family = families.load(source, engine.dtype(config.precision), engine.device())
     _attach(family, config)
+    from_noise = any(export.settings_of(path).get("zero_terminal_snr") for path in config.adapter)
+    if from_noise:
+        begin_at_noise(family)
     settings = {
         "negative": config.negative or None,
         "steps": config.steps,
         "guidance": config.guidance,
         "scheduler": type(family.pipeline.scheduler).__name__,
+        "zero_terminal_snr": from_noise or None,
         "model": config.model.model,
         "revision": config.model.revision,
         "adapters": facts,

@@ -63,7 +63,10 @@ class PictureLoss(nn.Module):
         super().__init__()
         self.parts = nn.ModuleDict(families.modules(family))
         self._no_split_modules = _blocks(self.parts)
-        self.family, self.objective, self.data, self.settings = family, family.objective(), data, settings
+        self.family, self.data, self.settings = family, data, settings
+        objective = family.objective()
+        check(settings, objective.prediction)
+        self.objective = objective.zero_terminal() if settings.zero_terminal_snr else objective
 
     def forward(self, batch: Batch, settings: Loss | None = None) -> Tensor:
         """L = w(t) * (mean(m * (prediction - target)^2) + u * mean((1 - mask) * (prediction - base)^2)), each picture.
@@ -73,11 +76,6 @@ class PictureLoss(nn.Module):
         class pictures). With `error`, another error stands for the square.
         """
         settings, objective = settings or self.settings, self.objective
-        check(settings, objective.prediction)
-        if settings.zero_terminal_snr:
-            if batch.lessons is not None:
-                raise Fault("--zero-terminal-snr: the base was asked about other noise. Say --prior-from pictures.")
-            objective = objective.zero_terminal()
         batch = drawn(batch, settings, objective.timesteps)
         t = batch.timesteps
         noised = objective.noised(batch.latents, batch.input_noise, t)
@@ -279,7 +277,8 @@ class Training:
     def _clip(self) -> float:
         """Clip the gradients; their norm before."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]  # in the order that FSDP compares them in
-        return float(self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))
+        norm = float(self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))
+        return float(self.accelerator.reduce(torch.tensor(norm, device=self.accelerator.device), "mean"))  # NaN of any
 
     def _validates(self) -> bool:
         every = self.train.validate_every, self.train.checkpoint_every, self.train.steps
@@ -315,12 +314,13 @@ def require_no_base(settings: Loss) -> None:
 def ask(
     family: Family,
     data: Encodings,
+    loss: Loss,
     seed: int,
     accelerator: Accelerator,
     track: Track = lambda items, what, total: iter(items),
 ) -> Encodings:
     """Ask the base, before anything has trained, for its prediction at each lesson's own noise and timestep."""
-    model = PictureLoss(family, data, Loss()).to(accelerator.device)
+    model = PictureLoss(family, data, Loss(zero_terminal_snr=loss.zero_terminal_snr)).to(accelerator.device)
     batches = Batches(data, Order(data.companions, (), 1, seed), model.objective.timesteps, accelerator.device)
     lessons: dict[int, Tensor] = {}
     asked = [(item, item.example.lesson) for item in data.companions if item.example.lesson is not None]

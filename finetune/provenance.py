@@ -21,11 +21,13 @@ TRAINING = (
     *("prior", "class_images", "prior_weight", "class_steps", "class_guidance"),
     *("rank", "alpha", "dropout", "lr", "text_encoder_lr", "optimizer", "schedule", "warmup", "weight_decay"),
     *("max_grad_norm", "steps", "batch_size", "accumulation", "precision", "seed", "min_snr_gamma"),
-    "gradient_checkpointing",
+    *("gradient_checkpointing", "debiased", "error", "huber_delta", "noise_offset", "input_perturbation"),
+    *("zero_terminal_snr", "timesteps", "logit_mean", "logit_std", "timestep_shift"),
 )
 """Settings of a run, by their names in `finetune.settings`."""
 PICTURE = (
     *("prompt", "negative", "seed", "step", "steps", "guidance", "width", "height", "scheduler", "model", "revision"),
+    "zero_terminal_snr",
 )
 """Settings of a picture."""
 

@@ -158,6 +158,7 @@ class Run:
         except NotFinite as fault:
             if not fault.torn:
                 self.keeper.keep(training, "failed")
+            self.accelerator.wait_for_everyone()  # launchers end the others as soon as one has ended
             raise
         if training.validations:
             self.say(self.keeper.verdict(training))

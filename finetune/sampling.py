@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from finetune import families
+from finetune import families, objective
 from finetune.errors import Fault
 from finetune.families import Family
+from finetune.settings import Loss
+
+FROM_NOISE = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+"""Settings of a scheduler that begins at pure noise, where --zero-terminal-snr trains (Lin et al. 2023, 2305.08891)."""
 
 
 def sample(
@@ -50,6 +56,23 @@ def sample(
                 width=size,
             ).images
     return pictures
+
+
+def as_trained(family: Family, loss: Loss) -> None:
+    """From here on the pipeline draws as it is trained, and says so where it is saved.
+
+    Raises Fault when the model cannot be trained with these settings.
+    """
+    objective.check(loss, family.objective().prediction)
+    if loss.zero_terminal_snr:
+        begin_at_noise(family)
+
+
+def begin_at_noise(family: Family) -> None:
+    """Draw from pure noise on: with the model's own scheduler, or DDIM where it cannot (PNDM, say)."""
+    own = family.pipeline.scheduler
+    knows = FROM_NOISE.keys() <= inspect.signature(type(own).__init__).parameters.keys()
+    family.pipeline.scheduler = (type(own) if knows else DDIMScheduler).from_config(own.config, **FROM_NOISE)
 
 
 @contextmanager

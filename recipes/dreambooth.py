@@ -46,6 +46,7 @@ def main(config: Config) -> None:
     sides = config.framing.resolution or (family.resolution(),)
     beside = ft.priors.examples(family, source, config.prior, config.data, examples, run.seed, max(sides), run.track)
     beside = ft.priors.lessons(beside, config.prior.class_images)  # nothing can be switched off to ask the base later
+    ft.sampling.as_trained(family, config.loss)
 
     # How each picture is scaled and cropped, and its captions varied.
     how = config.framing, sides, family.multiple(), config.captions, run.seed
@@ -58,7 +59,7 @@ def main(config: Config) -> None:
     # Latents and conditions, computed once. The VAE then leaves the memory, and the text encoders unless they train.
     encodings = ft.encode(family, subjects, companions, held, config.data, config.captions, run.track, run.turn)
     run.say(encodings.said())
-    encodings = ft.ask(family, encodings, run.seed, run.accelerator, run.track)
+    encodings = ft.ask(family, encodings, config.loss, run.seed, run.accelerator, run.track)
 
     def save(name: str) -> str:
         ft.families.restore(family, source, run.dtype)

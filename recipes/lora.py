@@ -55,6 +55,7 @@ def main(config: Config) -> None:
     family = ft.load(source, run.dtype, run.device)
     sides = config.framing.resolution or (family.resolution(),)
     beside = ft.priors.examples(family, source, config.prior, config.data, examples, run.seed, max(sides), run.track)
+    ft.sampling.as_trained(family, config.loss)
 
     # How each picture is scaled and cropped, and its captions varied.
     how = config.framing, sides, family.multiple(), config.captions, run.seed

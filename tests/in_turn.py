@@ -23,8 +23,13 @@ def command(*words: str) -> int:
     return 0
 
 
+def keep_the_group() -> None:
+    """A training ends it, and a process can have it only once."""
+    PartialState.destroy_process_group = lambda *given: None
+
+
 def main(folder: Path, step: int, words: list[str]) -> None:
-    PartialState.destroy_process_group = lambda *given: None  # a training ends it, and one process has it only once
+    keep_the_group()
     whole, stopped = str(folder / "whole"), str(folder / "stopped")
     assert command(*words, "--output", whole) == 0
     loop.Training._step = stopping.at(step)  # type: ignore[method-assign]

@@ -131,7 +131,7 @@ def test_lessons_are_what_the_base_predicted(family: Family, source: Source, sub
     adapters.full(family, 1e-3, None)
     taught = priors.lessons(beside(family, source, replace(DOG, prior_from="base"), subjects), 5)
     assert [(one.lesson, one.path) for one in taught] == [(n, subjects[n % 2].path) for n in range(5)]
-    asked = loop.ask(family, measured.encoded(family, subjects, taught), 99, Accelerator(cpu=True))
+    asked = loop.ask(family, measured.encoded(family, subjects, taught), Loss(), 99, Accelerator(cpu=True))
     assert sorted(asked.lessons) == [0, 1, 2, 3, 4]
     data = replace(asked, subjects=asked.companions, companions=())
     assert measured.loss(family, data, count=5) == pytest.approx(0, abs=1e-10)

@@ -2,6 +2,6 @@
 
 from finetune.export.adapter_file import adapter, verify_adapter
 from finetune.export.merged_folder import merged, verify_merged
-from finetune.export.reading import attach
+from finetune.export.reading import attach, settings_of
 
-__all__ = ["adapter", "attach", "merged", "verify_adapter", "verify_merged"]
+__all__ = ["adapter", "attach", "merged", "settings_of", "verify_adapter", "verify_merged"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -51,6 +52,15 @@ def attach(family: Family, path: Path, adapter: str) -> None:
     if ignored:
         detach(family, adapter)
         raise Fault(f"{path}: diffusers does not load all of it. What is ignored or missing:", listed(ignored))
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """The settings that an adapter of ours was trained with, as its header tells them; empty for others' files."""
+    try:
+        told = json.loads(weights.read_metadata(path).get("finetune", "{}"))
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def detach(family: Family, adapter: str) -> None:

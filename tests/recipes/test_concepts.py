@@ -68,6 +68,21 @@ def test_two_concepts_train_in_one_run(
     assert (root / "again" / "adapter.safetensors").read_bytes() == (run / "adapter.safetensors").read_bytes()
 
 
+def test_each_concept_weighs_in_the_loss_what_it_was_given(tiny_models: dict[str, Path], root: Path) -> None:
+    """L = sum of w l over the step's pictures / their number: linear in the weights, where the model stays the base."""
+    total = {}
+    for weights in ((1, 1), (3, 1), (1, 3), (0.5, 2)):
+        table = [f'[[concepts]]\ndata = "{root}/{name}"\nprompt = "a photo of {name}"\nweight = {weight:.1f}\n'
+                 for name, weight in zip(("dog", "cat"), weights, strict=True)]  # fmt: skip
+        (root / "weights.toml").write_text("\n".join(['recipe = "lora"', *table]))
+        flags = ["--config", str(root / "weights.toml"), "--no-prior", "--lr", "0"]
+        total[weights] = sum(losses(train(tiny_models["sd"], root, f"run{weights}", *flags)))
+    dog, cat = ((total[weights] - total[1, 1]) / 2 for weights in ((3, 1), (1, 3)))
+    assert min(dog, cat) > 0.1
+    assert total[1, 1] == pytest.approx(dog + cat, rel=1e-5)
+    assert total[0.5, 2] == pytest.approx(0.5 * dog + 2 * cat, rel=1e-5)
+
+
 @pytest.mark.parametrize("recipe", ["lora", "dreambooth"])
 def test_without_class_pictures_the_base_is_the_teacher(
     recipe: str, tiny_models: dict[str, Path], root: Path, capsys: pytest.CaptureFixture[str]

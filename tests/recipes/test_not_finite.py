@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,3 +159,32 @@ def test_rollback_gives_up_in_the_end(
     with pytest.raises(SystemExit) as stop:
         train(tiny_models["sd"], pictures, tmp_path / "run", "--on-nan", "rollback", "--batch-size", "3")
     assert stop.value.code == 1 and "1.png" in capsys.readouterr().err
+
+
+def test_nan_in_one_of_two_processes_is_the_same_for_both(
+    tiny_models: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    words = ["lora", "--model", tiny_models["sd"], "--data", pictures, "--prompt", "sks", "--no-prior", "--lr", "1e-3"]
+    words += ["--tracker", "none", "--steps", "6", "--checkpoint-every", "2", "--processes", "2"]
+    script = [str(Path(__file__).parents[1] / "poisoned.py"), str(tmp_path), *map(str, words)]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *script],
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = " ".join(done.stderr.split())
+    assert said.count("step 4: the loss is nan") == 2 and said.count('.png: "sks"') == 2 * 2  # both say it, of both
+    found, _ = checkpoints.newest(tmp_path / "latents")
+    assert found is not None and found.step == 3 and finite(tmp_path / "latents")
+    assert json.loads((tmp_path / "latents" / "run.json").read_text())["state"] == "failed"
+    for name in ("gradient", "averaged"):
+        run = tmp_path / name
+        rates = [json.loads(line)["lr"] for line in (run / "log.jsonl").read_text().splitlines()]
+        assert rates == [1e-3, 1e-3, 5e-4, 5e-4, 5e-4, 5e-4] and finite(run)
+        assert (run / "weights-0").read_text() == (run / "weights-1").read_text()
+    one, other = (tmp_path / name / "adapter.safetensors" for name in ("gradient", "averaged"))
+    assert one.read_bytes() == other.read_bytes()
+    assert done.stdout.count("step 4: the loss is") == 2 and done.stdout.count("back to step 2") == 2
