@@ -230,7 +230,8 @@ class Train:
     processes: int | None = None
     """Refuse to train with another number of processes than this: launchers may start one and say nothing."""
     precision: Precision = "fp32"
-    """Precision of the forward and backward pass. Trained weights stay fp32; fp16 needs a GPU."""
+    """Precision of the forward and backward pass. Trained weights stay fp32, unless --weights says bf16; fp16
+    needs a GPU."""
     seed: int = 0
     """Every draw of the run follows from it."""
     gradient_checkpointing: bool = False
