@@ -234,7 +234,8 @@ class Train:
     """Refuse to train on another engine than this; the launcher's configuration chooses it. `ddp` keeps all in each
     process, `fsdp` (version 2) shares out weights, gradients and optimizer, `deepspeed` is ZeRO 1 or 2."""
     precision: Precision = "fp32"
-    """Precision of the forward and backward pass. Trained weights stay fp32; fp16 needs a GPU."""
+    """Precision of the forward and backward pass. Trained weights stay fp32, unless --weights says bf16; fp16
+    needs a GPU."""
     seed: int = 0
     """Every draw of the run follows from it."""
     gradient_checkpointing: bool = False
