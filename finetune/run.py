@@ -134,7 +134,7 @@ class Run:
         """A line for the user, once whatever the number of processes."""
         self.console.print(Text(text, overflow="fold"))
 
-    def track(self, items: Iterable[Piece], what: str, total: int | None = None) -> Iterator[Piece]:
+    def track(self, items: Iterable[Piece], what: str, total: int) -> Iterator[Piece]:
         """Go through `items` and show how far it is. Stops between two of them where a signal asks for it."""
         with self._progress() as progress:
             for item in progress.track(items, total=total, description=what):

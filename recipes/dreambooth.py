@@ -32,7 +32,7 @@ class Config:
 def main(config: Config) -> None:
     # What can be refused is refused before a model is loaded.
     run = ft.Run(config, config.output, config.train, config.optim)
-    report = ft.data.require(config.data, config.captions, config.framing, config.model, run.batch, run.seed, run.track)
+    report = ft.data.require(config.data, config.captions, config.framing, config.model, run.batch, run.seed)
     examples, held_out = ft.data.read(config.data, config.captions, run.seed)
     ft.priors.check(config.prior, config.data, examples)
     ft.objective.check(config.loss)

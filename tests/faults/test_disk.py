@@ -109,7 +109,7 @@ WRITTEN: dict[str, tuple[object, str, int, str]] = {
 """What is about to be written when a function is called so many times, and what is said when it cannot be"""
 
 
-SELDOM = ("settings", "samples", "adapter")
+SELDOM = ("settings", "state", "samples", "adapter")
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def require(figures: dict[str, Any], kills: int) -> None:
 
 
 def test_killed_trainings_end_as_if_they_had_not_been(tmp_path: Path) -> None:
-    require(drive(tmp_path / "killed", 4, seed=3), 4)
+    require(drive(tmp_path / "killed", 3, seed=3), 3)
 
 
 @pytest.mark.slow

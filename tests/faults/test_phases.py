@@ -35,7 +35,7 @@ def asked_in(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, *numbers
 
 @pytest.mark.parametrize(
     ("owner", "name", "drawn"),
-    [(looks, "look", 0), (source.Source, "load", 0), (class_pictures, "_draw", 2)],
+    [pytest.param(looks, "look", 0, marks=pytest.mark.slow), (source.Source, "load", 0), (class_pictures, "_draw", 2)],
     ids=["looking", "loading", "drawing"],
 )
 def test_before_the_run_has_begun_the_same_command_goes_on(

@@ -21,7 +21,7 @@ from typing import Any
 import driver
 from driver import Place
 
-WORLD, STEPS = 2, 6
+WORLD, STEPS = 2, 4
 SLOW = 0.4
 """Seconds that what is waited for takes longer, so that a signal surely falls into it"""
 
@@ -159,7 +159,7 @@ PLANTED: dict[str, Callable[[int], None]] = {
 SHOWN: dict[str, tuple[str, Callable[[Place], bool]]] = {
     "drawing": ("slow_drawing", lambda place: any(place.cache.glob("class-pictures/*/*.png"))),
     "caching": ("slow_caching", lambda place: place.begun),
-    "training": ("", lambda place: len(place.logged()) >= 3),
+    "training": ("", lambda place: len(place.logged()) >= 2),
     "saving": ("slow_saving", lambda place: any(place.run.glob("checkpoints/.step-*.writing"))),
 }
 """What makes a phase long, and what shows that the two are in it"""
