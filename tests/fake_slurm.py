@@ -34,7 +34,8 @@ def scontrol(words: list[str]) -> int:
     if words[:2] == ["show", "hostnames"]:
         print("localhost")
     elif words[0] == "requeue":
-        Path(os.environ["QUEUE"]).open("a").write(f"{words[1]}\n")
+        queue = Path(os.environ["QUEUE"])
+        queue.write_text((queue.read_text() if queue.is_file() else "") + f"{words[1]}\n")
     else:
         return 1
     return 0
