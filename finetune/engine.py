@@ -67,6 +67,11 @@ def require(train: Train, accelerator: Accelerator) -> None:
     for name, why in UNUSED.items():
         if _is_set(name):
             raise Fault(f"{name}: {why}. Take it out of the launcher's configuration.")
+    if engine == "deepspeed":
+        raise Fault(
+            "DeepSpeed keeps the optimizer's state in flat parts of its own, which a checkpoint for any number of "
+            "processes does not hold. Take FSDP2, which shares out as ZeRO-3 does: see accelerate_config.yaml."
+        )
     if train.engine not in ("any", engine):
         raise Fault(
             f"--engine {train.engine}: the engine would be {engine}, {found} process(es). The launcher chooses it: see "

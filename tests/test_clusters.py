@@ -83,15 +83,11 @@ def test_the_slurm_script_is_queued_again_and_the_same_command_finishes(
     tasks: int, tiny_models: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "bin").mkdir()
-    for name in ("srun", "scontrol", "finetune"):
-        module = "-m finetune" if name == "finetune" else f"{shlex.quote(fake_slurm.__file__)}"
-        run = f"exec {shlex.quote(sys.executable)} {module}" if name == "finetune" else None
-        file = tmp_path / "bin" / name
-        if run:
-            file.write_text(f'#!/bin/sh\n{run} "$@"\n')
-        else:
-            file.write_text(f"#!{sys.executable}\n" + Path(fake_slurm.__file__).read_text())
-        file.chmod(0o755)
+    slurm = f"#!{sys.executable}\n{Path(fake_slurm.__file__).read_text()}"
+    finetune = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m finetune "$@"\n'
+    for name, text in {"srun": slurm, "scontrol": slurm, "finetune": finetune}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": str(tasks)}
     job |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "QUEUE": str(tmp_path / "queue")}
     command = ["bash", str(FOLDER / "train.sbatch"), *words(tiny_models["sd"], pictures, tmp_path / "run")]
