@@ -38,8 +38,8 @@ def adapter(
     """Write the live adapter, verified; the same adapter and settings give the same bytes.
 
     `form`: one of `formats.FORMATS`. `dtype`: by default the precision that it trained in. The header tells those
-    settings that may be told (`finetune`). Parts that do not train may be out of memory. Raises Failure, and leaves what was at
-    `path`, when the file does not load back equal.
+    settings that may be told (`finetune`). Parts that do not train may be out of memory. Raises Failure, and leaves
+    what was at `path`, when the file does not load back equal.
     """
     told = {
         **provenance.public(settings),
