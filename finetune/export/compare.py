@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from finetune import families, keys
+from finetune.export.change import KINDS, MAGNITUDE
+from finetune.export.content import Adapter, Layer
 from finetune.families import Conditions, Family
 from finetune.sampling import inference
 
@@ -50,6 +53,42 @@ def difference(one: Tensor, other: Tensor) -> float:
     if one.shape != other.shape or not (one.isfinite().all() and other.isfinite().all()):
         return float("inf")
     return float((one - other).norm() / one.norm().clamp(min=1e-12))
+
+
+def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The one of these precisions that rounds most."""
+    return max(dtypes, key=lambda dtype: ROUNDING.get(dtype, 0.0))
+
+
+def other_changes(one: Adapter, other: Adapter, dtype: torch.dtype) -> list[str]:
+    """Lines that say which layers the two change in other ways than rounding to `dtype` explains."""
+    mine, theirs = ({layer.name: layer for layer in adapter} for adapter in (one, other))
+    wrong = [f"{name}: only in one of the two" for name in sorted(mine.keys() ^ theirs.keys())]
+    for name in sorted(mine.keys() & theirs.keys()):
+        gap = _gap(mine[name], theirs[name], dtype)
+        wrong += [f"{name}: {gap}"] if gap else []
+    return wrong
+
+
+def _gap(one: Layer, other: Layer, dtype: torch.dtype) -> str | None:
+    """Each factor of a change is off by a rounding error: so much is the change itself, by the factors' sizes."""
+    (mine, bound), (theirs, _) = (_change_and_size(layer) for layer in (one, other))
+    if mine.shape != theirs.shape:
+        return f"shape {tuple(mine.shape)} and {tuple(theirs.shape)}"
+    error = 4 * ROUNDING[dtype] * bound + 64 * torch.finfo(dtype).smallest_normal
+    if not ((mine - theirs).abs() <= error).all():
+        return f"other values, by {difference(mine, theirs):.1e} of their norm"
+    lengths = [layer.load(MAGNITUDE).flatten() for layer in (one, other) if MAGNITUDE in layer.shapes]
+    if len(lengths) == 1 or (lengths and not rounded_alike(lengths[0], lengths[1], dtype)):
+        return f"another {MAGNITUDE}"
+    return None
+
+
+def _change_and_size(layer: Layer) -> tuple[Tensor, Tensor]:
+    """The change without DoRA, and the same of the tensors' absolute values."""
+    tensors, formula = layer.tensors(), KINDS[layer.kind].change
+    size = formula({name: tensor.abs() for name, tensor in tensors.items()})
+    return (layer.scale * formula(tensors)).cpu(), (abs(layer.scale) * size).cpu()
 
 
 def rounded_alike(one: Tensor, other: Tensor, dtype: torch.dtype, slack: float = 0.0) -> bool:

@@ -182,11 +182,10 @@ def _forget_local(file: Path) -> None:
 
 def _dtype(folder: Path) -> torch.dtype:
     """Precision of the floating-point tensors in a part's file."""
-    names = {text: dtype for dtype, text in stream.NAMES.items()}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118  (a handle is no dict)
-                dtype = names[handle.get_slice(name).get_dtype()]
+                dtype = stream.DTYPES[handle.get_slice(name).get_dtype()]
                 if dtype.is_floating_point:
                     return dtype
     raise Failure(f"the merged model does not load back: no weights in {folder.name}")

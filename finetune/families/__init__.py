@@ -6,6 +6,7 @@ Adding one: write its file, add its line to `FAMILIES` (see CONTRIBUTING.md).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -32,7 +33,7 @@ __all__ = [
     "wrap",
 ]
 
-FAMILIES: dict[str, Callable[[DiffusionPipeline], Family]] = {
+FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
 }
@@ -74,7 +75,8 @@ def restore(family: Family, source: Source, dtype: torch.dtype = torch.float32) 
 
 def _family(pipeline_class: str) -> Callable[[DiffusionPipeline], Family]:
     try:
-        return FAMILIES[pipeline_class]
+        made: Any = FAMILIES[pipeline_class]
+        return made
     except KeyError:
         raise Fault(
             f"the model is a {pipeline_class}, which this version cannot train. Known are: {', '.join(FAMILIES)}."

@@ -6,13 +6,32 @@ A family wraps a diffusers pipeline: loading, prompt encoding, sampling and savi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
+from finetune.families.original import Layout
 from finetune.objective import Diffusion, Objective
+
+
+@dataclass(frozen=True)
+class Published:
+    """What adapter files of the family are known by where kohya's names are read, which is nearly everywhere."""
+
+    text: tuple[str, ...]
+    """Prefixes of the text encoders' layers, in the pipeline's order."""
+    original: Layout | None
+    """Where the denoiser's layers go by the original code's names; None: by diffusers' own."""
+    widths: tuple[int, ...]
+    """Widths of the text that the denoiser attends to, by which clients know a family."""
+    versions: tuple[str, ...]
+    """What `ss_base_model_version` may begin with, the longest first."""
+    architectures: tuple[str, ...]
+    """What `modelspec.architecture` may begin with."""
+
 
 Conditions: TypeAlias = dict[str, Tensor]
 """What the denoiser is told about the pictures besides their noise: tensors by name, each (B, ...)."""
@@ -31,6 +50,8 @@ class Family(Protocol):
     """Ends of the denoiser's module names that an adapter is put on by default."""
     text_adapter_targets: ClassVar[tuple[str, ...]]
     """The same for the text encoders."""
+    published: ClassVar[Published]
+    """Its names in adapter files."""
 
     @property
     def pipeline(self) -> DiffusionPipeline:

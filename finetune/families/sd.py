@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from finetune.families import base
-from finetune.families.base import Conditions
+from finetune.families.base import Conditions, Published
 from finetune.objective import Objective
 
 
@@ -25,6 +25,13 @@ class StableDiffusion:
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     adapter_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     text_adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    published: ClassVar[Published] = Published(
+        text=("lora_te",),
+        original=None,
+        widths=(768, 1024),
+        versions=("sd_v", "sd_1", "sd_2"),
+        architectures=("stable-diffusion-v1", "stable-diffusion-v2"),
+    )
 
     def objective(self) -> Objective:
         return base.diffusion(self.pipeline)

@@ -10,7 +10,8 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from finetune.families import base
-from finetune.families.base import Conditions
+from finetune.families.base import Conditions, Published
+from finetune.families.original import Layout
 from finetune.objective import Objective
 
 
@@ -25,6 +26,13 @@ class StableDiffusionXL:
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     adapter_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     text_adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    published: ClassVar[Published] = Published(
+        text=("lora_te1", "lora_te2"),
+        original=Layout(attends=frozenset({0, 1})),
+        widths=(2048,),
+        versions=("sdxl_",),
+        architectures=("stable-diffusion-xl",),
+    )
 
     def objective(self) -> Objective:
         return base.diffusion(self.pipeline)

@@ -1,0 +1,118 @@
+"""What an adapter adds to a layer's weight: one formula a kind, by the names that LyCORIS gave its tensors.
+
+A weight of shape (out, in, ...) is a matrix (out, in * ...) here; so are the changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Shapes = Mapping[str, tuple[int, ...]]
+Tensors = Mapping[str, Tensor]
+MAGNITUDE = "dora_scale"
+"""DoRA's length of each row of the weight, (out, 1, ...), beside any other kind's tensors; (1, in, ...): of columns."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the ways to write a change down."""
+
+    title: str
+    sets: tuple[frozenset[str], ...]
+    """Names of its tensors; any of these sets is whole."""
+    rank: Callable[[Shapes], int | None]
+    """What alpha is divided by; None where a scale of 1 stands whatever alpha says."""
+    change: Callable[[Tensors], Tensor]
+    """The change without its scale."""
+
+
+def lora(t: Tensors) -> Tensor:
+    """B A (Hu et al. 2021, 2106.09685, eq. 3). Of a convolution A holds the kernel; with a core, B (core x A)."""
+    down, up = t["lora_down.weight"].float(), t["lora_up.weight"].float().flatten(1)
+    if "lora_mid.weight" in t:
+        down = torch.einsum("pqhw,qi->pihw", t["lora_mid.weight"].float(), down.flatten(1))
+    return up @ down.flatten(1)
+
+
+def loha(t: Tensors) -> Tensor:
+    """(A1 B1) * (A2 B2), entry by entry (Hyeon-Woo et al. 2021, 2108.06098, eq. 2); with cores, its proposition 3."""
+    one, other = (_factored(t, f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}") for n in (1, 2))
+    return one * other
+
+
+def lokr(t: Tensors) -> Tensor:
+    """W1 (x) W2, the Kronecker product (Yeh et al. 2023, 2309.14859, section 3), each whole or a product of two."""
+    one = t["lokr_w1"].float() if "lokr_w1" in t else t["lokr_w1_a"].float() @ t["lokr_w1_b"].float()
+    other = t["lokr_w2"].float().flatten(1) if "lokr_w2" in t else _factored(t, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    return torch.kron(one, other)
+
+
+def difference(t: Tensors) -> Tensor:
+    """The change itself."""
+    return t["diff"].float().flatten(1)
+
+
+def weighed(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
+    """The change with DoRA: m (W + dW) / ||W + dW|| - W (Liu et al. 2024, 2402.09353, eq. 5)."""
+    base = weight.float().flatten(1)
+    moved, rows = base + change, magnitude.shape[0] == weight.shape[0]
+    if rows:
+        return magnitude.float().flatten()[:, None] * moved / moved.norm(dim=1, keepdim=True) - base
+    shaped = moved.reshape(weight.shape)
+    lengths = shaped.transpose(0, 1).flatten(1).norm(dim=1).reshape(1, -1, *[1] * (weight.ndim - 2))
+    return (magnitude.float() * shaped / lengths).flatten(1) - base
+
+
+def _factored(t: Tensors, a: str, b: str, core: str) -> Tensor:
+    if core in t:  # a: (r, out), b: (r, in)
+        return torch.einsum("ijkl,ip,jr->prkl", t[core].float(), t[a].float(), t[b].float()).flatten(1)
+    return t[a].float() @ t[b].float().flatten(1)
+
+
+def _kronecker_rank(shapes: Shapes) -> int | None:
+    """Measured: with both factors whole every client scales by 1."""
+    if "lokr_w2_b" in shapes:
+        return shapes["lokr_w2_b"][0]
+    return shapes["lokr_w1_b"][0] if "lokr_w1_b" in shapes else None
+
+
+def _sets(*names: str) -> tuple[frozenset[str], ...]:
+    return tuple(frozenset(each.split()) for each in names)
+
+
+KINDS = {
+    "lora": Kind(
+        "LoRA",
+        _sets("lora_down.weight lora_up.weight", "lora_down.weight lora_up.weight lora_mid.weight"),
+        lambda shapes: shapes["lora_down.weight"][0],
+        lora,
+    ),
+    "loha": Kind(
+        "LoHa",
+        _sets("hada_w1_a hada_w1_b hada_w2_a hada_w2_b", "hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2"),
+        lambda shapes: shapes["hada_w1_b"][0],
+        loha,
+    ),
+    "lokr": Kind(
+        "LoKr",
+        _sets(
+            *("lokr_w1 lokr_w2", "lokr_w1 lokr_w2_a lokr_w2_b", "lokr_w1 lokr_w2_a lokr_w2_b lokr_t2"),
+            *("lokr_w1_a lokr_w1_b lokr_w2", "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b"),
+            "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b lokr_t2",
+        ),
+        _kronecker_rank,
+        lokr,
+    ),
+    "diff": Kind("whole difference", _sets("diff"), lambda shapes: None, difference),
+}
+"""Adding one: a formula above and its line here."""
+
+
+def kind(names: frozenset[str]) -> str | None:
+    """The kind that a layer's tensors are of; None for those that are of none, or not whole."""
+    own = names - {MAGNITUDE}
+    return next((name for name, known in KINDS.items() if own in known.sets), None)

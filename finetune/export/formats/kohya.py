@@ -1,0 +1,111 @@
+"""kohya's names, which AUTOMATIC1111, Forge, ComfyUI, InvokeAI, sd-scripts and diffusers read: `lora_unet_...`.
+
+A layer's path has `_` for its dots, `.` parts it from its tensors, `alpha` is one of them. LyCORIS names the tensors of
+the other kinds, in the same files. (kohya-ss/sd-scripts, networks/lora.py; KohakuBlueleaf/LyCORIS, lycoris/modules.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+
+from finetune.errors import Fault
+from finetune.export.content import Adapter, File, Layer
+from finetune.export.stream import Entry
+from finetune.families import Family, original
+from finetune.families.original import Layout
+
+PARTS = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
+WORDS = (
+    *("down_blocks", "up_blocks", "mid_block", "resnets", "attentions", "downsamplers", "upsamplers", "conv_shortcut"),
+    *("transformer_blocks", "attn1", "attn2", "to_q", "to_k", "to_v", "to_out", "ff", "net", "proj", "proj_in"),
+    *("proj_out", "conv", "conv1", "conv2", "conv_in", "conv_out", "time_emb_proj", "time_embedding", "add_embedding"),
+    *("linear_1", "linear_2", "input_blocks", "output_blocks", "middle_block", "in_layers", "out_layers", "emb_layers"),
+    *("skip_connection", "op", "time_embed", "label_emb", "out"),
+    *("text_model", "encoder", "layers", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "mlp", "fc1", "fc2"),
+    *("text_projection", r"\d+"),
+)
+"""Parts of paths, some with a `_` of their own: what a name without dots is taken apart by."""
+WORD = re.compile(rf"({'|'.join(sorted(WORDS, key=len, reverse=True))})(?:_|$)")
+ORIGINAL = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
+FOLDED = ("lora_up.weight", "hada_w1_a", "lokr_w1_a", "lokr_w1", "diff")
+"""Where a scale goes into the weights: the first of these that a layer has."""
+
+
+def knows(names: Iterable[str]) -> bool:
+    return any(name.startswith(("lora_unet_", "lora_te")) for name in names)
+
+
+def read(file: File) -> Adapter:
+    """Raises Fault that lists the names that are no layer's."""
+    modules: dict[str, dict[str, str]] = {}
+    for key in file.shapes:
+        module, _, tensor = key.partition(".")
+        modules.setdefault(module, {})[tensor] = key
+    layers, wrong = {}, []
+    for module, keys in modules.items():
+        try:
+            part, path = _place(module)
+        except KeyError:
+            wrong += [f"{key}: no layer of a model that is known" for key in keys.values()]
+            continue
+        told = keys.pop("alpha", None)
+        layer = file.layer(part, path, keys, None if told is None else float(file.load(told)))
+        if layer.name in layers:
+            wrong.append(f"{module}: {layer.name} is there twice, under two names")
+        layers[layer.name] = layer
+    if wrong:
+        raise Fault(f"{file.path}: {len(wrong)} of its names are not understood:", wrong)
+    return Adapter(list(layers.values()), file.metadata)
+
+
+def entries(adapter: Adapter, family: type[Family], dtype: torch.dtype | None) -> dict[str, Entry]:
+    """The file's tensors: one alpha in it, as diffusers takes one for all; where a layer's scale is another, its
+    weights are multiplied."""
+    common, made = _common_alpha(adapter), {}
+    for layer in adapter:
+        name = module(layer, family)
+        rank = layer.rank
+        factor = 1.0 if rank is None else layer.scale * rank / common
+        folded = next((tensor for tensor in FOLDED if tensor in layer.shapes), None)
+        for tensor, shape in layer.shapes.items():
+            times = factor if tensor == folded else 1.0
+            made[f"{name}.{tensor}"] = layer.entry(tensor, shape, dtype, times)
+        made[f"{name}.alpha"] = Entry((), torch.float32, lambda: torch.tensor(common))
+    return made
+
+
+def metadata(adapter: Adapter, family: type[Family]) -> dict[str, str]:
+    return {}
+
+
+def module(layer: Layer, family: type[Family]) -> str:
+    """What a layer is called in files of the family."""
+    if layer.part == family.denoiser_name:
+        layout: Layout | None = family.published.original
+        path = original.written(layer.path, layout) if layout else layer.path
+        return f"lora_unet_{path.replace('.', '_')}"
+    prefix = family.published.text[family.text_encoder_names.index(layer.part)]
+    return f"{prefix}_{layer.path.replace('.', '_')}"
+
+
+def _common_alpha(adapter: Adapter) -> float:
+    """The alpha that most layers have."""
+    counted = Counter(round(layer.scale * layer.rank, 9) for layer in adapter if layer.rank is not None)
+    return counted.most_common(1)[0][0] if counted else 1.0
+
+
+def _place(module: str) -> tuple[str, str]:
+    """Part and path of a name. Raises KeyError when it is none."""
+    prefix, _, rest = module.partition("_")
+    second, _, rest = rest.partition("_")
+    part, words = PARTS[f"{prefix}_{second}"], WORD.findall(rest)
+    if "_".join(words) != rest or not words:
+        raise KeyError(module)
+    path = ".".join(words)
+    if part != "unet":
+        return part, path
+    return part, original.read(path, Layout(frozenset())) if path.startswith(ORIGINAL) else path
