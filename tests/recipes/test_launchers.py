@@ -93,7 +93,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *flags: str) -> 
     return " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "deepspeed"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_another_engine_than_asked_for_is_refused(
     engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
