@@ -48,7 +48,7 @@ def read(path: Path) -> Adapter:
     file = File(path)
     adapter = FORMATS[format_of(path, file.shapes)].read(file)
     _require_whole(path, adapter.layers)
-    return replace(adapter, family=_family(adapter))
+    return replace(adapter, family=family_of(adapter))
 
 
 def format_of(path: Path, names: Iterable[str]) -> str:
@@ -115,7 +115,7 @@ def _require_whole(path: Path, layers: Iterable[Layer]) -> None:
         raise Fault(f"{path}: the adapter is not whole: {len(wrong)} of its layers are wrong:", wrong)
 
 
-def _family(adapter: Adapter) -> str | None:
+def family_of(adapter: Adapter) -> str | None:
     """What the adapter is for: its file says so, or only one family has such layers."""
     said = adapter.metadata
     own = headers.own(said).get("pipeline")
