@@ -1,0 +1,240 @@
+"""Whether an adapter file is whole, and says the same to every program: checks one by one, then each client's rules."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from finetune import families
+from finetune.errors import Fault
+from finetune.export import clients, formats, hashes, named, naming
+from finetune.export.clients import Verdict
+from finetune.export.compare import REROUNDED, coarsest, difference, encoding, prediction
+from finetune.export.content import Adapter, File, Layer
+from finetune.export.named import Content, Module
+from finetune.export.reading import adaptable, attach, detach
+from finetune.families import Family
+from finetune.families.base import skeleton
+
+LOADED = "verified"
+ABSENT = "the model has no such layer"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A question to the file. `open`: it could not be answered, and `lines` say why."""
+
+    title: str
+    state: Literal["holds", "fails", "open"]
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Report:
+    path: Path
+    format: str
+    family: type[Family]
+    layers: int
+    checks: list[Check]
+    verdicts: list[Verdict]
+    made_for: list[str]
+    """The clients that must load all of it"""
+
+    @property
+    def sound(self) -> bool:
+        """Nothing is wrong with the file, and the clients that it is made for load all of it rightly."""
+        served = all(verdict.whole for verdict in self.verdicts if verdict.client in self.made_for)
+        return served and not any(check.state == "fails" for check in self.checks)
+
+
+def verify(path: Path, base: Family | None = None) -> Report:
+    """Ask all that can be asked of the file, with the base's weights or without.
+
+    Raises Fault for a file that cannot be read, is no adapter's, or, without a base, could be for any.
+    """
+    file = File(path)
+    form, modules, whole = formats.format_of(path, file.shapes), named.modules(file), _whole(path)
+    adapter = formats.read(path) if whole.state == "holds" else Adapter(list(_layers(file, modules)), file.metadata)
+    family = type(base) if base else formats.known_family(replace(adapter, family=formats.family_of(adapter)))
+    expected, unknown = _expected(adapter, family, base)
+    unfit = dict(_unfit(adapter, expected)) if expected else {}
+    absent = frozenset(name for name, line in unfit.items() if line == ABSENT)
+    content = Content(modules, family, file.metadata, absent)
+    checks = [
+        whole,
+        _finite(file),
+        _alphas(adapter, form),
+        _shapes(unfit, unknown),
+        _told(adapter, family, base),
+        _hashes(path),
+    ]
+    if base is not None and not any(check.state == "fails" for check in checks):
+        checks += _with_base(path, adapter, content, base)
+    return Report(path, form, family, len(modules), checks, clients.judge(content), clients.made_for(content))
+
+
+def _layers(file: File, modules: Iterable[Module]) -> Iterator[Layer]:
+    """Of the modules those that are layers, whole."""
+    for module in modules:
+        if module.path is not None and module.kind is not None:
+            keys = {name: key for name, key in module.keys.items() if name != "alpha"}
+            layer = file.layer(str(module.part), module.path, keys, module.alpha)
+            with suppress(Fault):
+                layer.extent  # noqa: B018  (raises when its tensors do not go together)
+                yield layer
+
+
+def _whole(path: Path) -> Check:
+    title = "every name is a layer's, every layer is whole"
+    try:
+        formats.read(path)
+    except Fault as fault:
+        return Check(title, "fails", fault.details or [fault.message])
+    return Check(title, "holds")
+
+
+def _finite(file: File) -> Check:
+    wrong = []
+    for name in file.shapes:
+        try:
+            file.load(name)
+        except Fault:
+            wrong.append(f"{name} holds NaN or infinite values")
+    return Check("every number is finite", "fails" if wrong else "holds", wrong)
+
+
+def _alphas(adapter: Adapter, form: str) -> Check:
+    """Without alphas every client scales by 1; what the header says of it must not be another number."""
+    title, ranked = "alpha is there", [layer for layer in adapter if layer.rank]
+    said = adapter.metadata.get("ss_network_alpha"), adapter.metadata.get("ss_network_dim")
+    lacking = [layer.name for layer in ranked if layer.alpha is None]
+    if form == "kohya" and lacking:
+        which = "none of its layers has one" if len(lacking) == len(ranked) else f"{', '.join(lacking[:10])} have none"
+        return Check(title, "fails", [f"{which}: every client scales by 1 then, which may not be what was trained"])
+    try:
+        told = float(said[0] or "") / float(said[1] or "")
+    except (ValueError, ZeroDivisionError):
+        told = None
+    scales = Counter(round(layer.scale, 6) for layer in ranked)
+    if told is not None and scales and not any(abs(told - scale) <= 1e-4 * abs(told) for scale in scales):
+        found = scales.most_common(1)[0][0]
+        line = f"the header says alpha {said[0]} of rank {said[1]}, a scale of {told:g}; the layers have {found:g}"
+        return Check(title, "fails", [line])
+    return Check(title, "holds", ["none: a scale of 1"] if ranked and len(lacking) == len(ranked) else [])
+
+
+def _shapes(unfit: Mapping[str, str], unknown: str | None) -> Check:
+    title = "every layer fits the model"
+    if unknown:
+        return Check(title, "open", [unknown])
+    return Check(title, "fails" if unfit else "holds", [f"{name}: {line}" for name, line in unfit.items()])
+
+
+def _expected(adapter: Adapter, family: type[Family], base: Family | None) -> tuple[dict[str, Tensor], str | None]:
+    """The base's weights by their layers' names, or hollow ones of the published base that the widths are those of.
+
+    And why there are none.
+    """
+    if base is not None:
+        return _weights(adaptable(base)), None
+    if formats.text_width(adapter) not in family.published.widths:
+        return {}, "by its widths it is for no published base. Name the base: --model"
+    return _weights(skeleton(family.published, formats.edition(adapter, family))), None
+
+
+def _weights(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The weights that a layer can change, by its name: "unet.mid_block.attentions.0.proj_in"."""
+    return {
+        f"{part}.{naming.written(module, name)}": weight
+        for part, module in parts.items()
+        for name, child in module.named_modules()
+        if isinstance(weight := getattr(child, "weight", None), Tensor) and weight.ndim >= 2
+    }
+
+
+def _unfit(adapter: Adapter, expected: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    for layer in adapter:
+        weight = expected.get(layer.name)
+        if weight is None:
+            yield layer.name, ABSENT
+        elif layer.extent != weight.flatten(1).shape:
+            yield (
+                layer.name,
+                f"it changes {layer.extent} numbers, where the weight has {tuple(weight.flatten(1).shape)}",
+            )
+
+
+def _told(adapter: Adapter, family: type[Family], base: Family | None) -> Check:
+    """What the header says of the base is what the layers are for."""
+    title, said = "the header tells the base that the layers are for", adapter.metadata
+    version = said.get("ss_base_model_version")
+    real = base.edition() if base else family.published.edition({}, formats.text_width(adapter))
+    if not version:
+        return Check(title, "open", ["it tells none (ss_base_model_version)"])
+    widths = [edition.width for edition in family.published.editions if edition.version == version]
+    fits = version.startswith(family.published.versions) and widths in ([], [real.width])
+    return Check(title, "holds" if fits else "fails", [] if fits else [f"it says {version}, where {real.title} it is"])
+
+
+def _hashes(path: Path) -> Check:
+    title, claims = "the hashes in the header hold", hashes.claims(path)
+    if not claims:
+        return Check(title, "open", ["it tells none"])
+    wrong = [f"{claim.name} says {claim.told}; it is {claim.found}" for claim in claims if not claim.holds]
+    return Check(title, "fails" if wrong else "holds", wrong)
+
+
+def _with_base(path: Path, adapter: Adapter, content: Content, base: Family) -> Iterator[Check]:
+    """The file on the base, through diffusers and by the formulas of `change`: both say the same."""
+    title = "on the base diffusers makes of it what its tensors say"
+    with _changed(base, adapter) as _:
+        by_formula = _answers(base, adapter)
+    if "diffusers" not in clients.made_for(content):
+        finite = all(answer.isfinite().all() for answer in by_formula.values())
+        yield Check(title, "open", ["diffusers loads LoRA only on these models; the formulas of its kind were tried"])
+        yield Check("the base with it predicts finite numbers", "holds" if finite else "fails")
+        return
+    try:
+        attach(base, path, LOADED)
+    except Fault as fault:
+        yield Check(title, "fails", [fault.message, *fault.details])
+        return
+    try:
+        by_diffusers = _answers(base, adapter)
+    finally:
+        detach(base, LOADED)
+    yield Check(title, "holds")
+    denoiser: Any = families.denoiser(base)
+    allowed = REROUNDED[coarsest([*File(path).precisions(), denoiser.dtype])]
+    gaps = {what: difference(answer, by_diffusers[what]) for what, answer in by_formula.items()}
+    lines = [f"{what}: apart by {gap:.1e} of its norm" for what, gap in gaps.items()]
+    yield Check("both predict the same", "holds" if max(gaps.values()) <= allowed else "fails", lines)
+
+
+def _answers(base: Family, adapter: Adapter) -> dict[str, Tensor]:
+    answers = {"prediction": prediction(base)}
+    if set(adapter.parts) & set(base.text_encoder_names):
+        answers["text encoding"] = encoding(base)
+    return answers
+
+
+@contextmanager
+def _changed(base: Family, adapter: Adapter) -> Iterator[None]:
+    """Inside, the base's weights are changed as the adapter's formulas say; afterwards they are as before."""
+    weights, kept = _weights(adaptable(base)), {}
+    try:
+        for layer in adapter:
+            weight: Any = weights[layer.name]
+            kept[layer.name] = weight.data
+            change = layer.change(weight.data.cpu()).reshape(weight.shape)
+            weight.data = (weight.data.float() + change.to(weight.device)).to(weight.dtype)
+        yield
+    finally:
+        for name, data in kept.items():
+            weights[name].data = data
