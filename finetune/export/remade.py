@@ -25,6 +25,8 @@ KERNELS = ("lora_mid.weight", "lora_down.weight", "hada_t1", "lokr_t2", "lokr_w2
 """Tensors whose last two sides are a convolution's kernel, if they have four."""
 CONVOLUTION = re.compile(r"(.+\.)?(conv\w*|proj_in|proj_out)")
 """Ends of the names of layers that are, or may be, convolutions."""
+COMPUTED = 1e-6
+"""Share of a change's norm that may differ when it is computed in float32 twice."""
 FIRST = 32
 """Singular values that are looked at first where their number follows from the energy to be kept."""
 
@@ -101,14 +103,10 @@ class Remade:
         """
         found, wrong = {}, sorted({layer.name for layer in written} ^ self._wanted.keys())
         for layer in written if not wrong else ():
-            wanted, factors = self._wanted[layer.name].make(), _factors(layer)
+            wanted, factors = self._wanted[layer.name].make(), lora_factors(layer)
             off = Gap(lowrank.gap(wanted, factors), lowrank.norm(wanted))
             found[layer.name] = off
-            up, down = (float(half.norm()) for half in factors)
-            rounding = 2 * ROUNDING[dtype] * up * down + torch.finfo(dtype).tiny * (
-                up * factors[1].numel() ** 0.5 + down * factors[0].numel() ** 0.5
-            )
-            if not off.gap <= self._missed[layer.name] + rounding + 1e-6 * off.norm:
+            if not off.gap <= self._missed[layer.name] + rounding(factors, dtype) + COMPUTED * off.norm:
                 wrong.append(layer.name)
         if wrong:
             raise Failure("the file does not hold what was computed. It is not left there. The layers:", wrong[:10])
@@ -167,12 +165,12 @@ def summed(terms: Sequence[tuple[Layer, float]], base: BaseWeights | None) -> Wa
     if len(shapes) > 1:
         said = " and ".join(str(shape) for shape in sorted(shapes))
         raise Fault(f"{first.name}: the adapters are for layers of other shapes, {said}: for different models.")
-    low = all(layer.kind == "lora" and MAGNITUDE not in layer.shapes for layer, _ in terms)
+    low = all(plain(layer) for layer, _ in terms)
     if not low and base is None and any(MAGNITUDE in layer.shapes for layer, _ in terms):
         raise Fault(f"{first.name}: DoRA's change depends on the base's weights. Name the base: --model.")
 
     def product() -> Factors:
-        return lowrank.joined((times * up, down) for layer, times in terms for up, down in [_factors(layer)])
+        return lowrank.joined((times * up, down) for layer, times in terms for up, down in [lora_factors(layer)])
 
     def matrix() -> Tensor:
         weight = base.load(f"{first.name}.weight") if base else None
@@ -182,7 +180,20 @@ def summed(terms: Sequence[tuple[Layer, float]], base: BaseWeights | None) -> Wa
     return Wanted(first.part, first.path, shapes.pop(), rank, product if low else matrix)
 
 
-def _factors(layer: Layer) -> Factors:
+def rounding(factors: Factors, dtype: torch.dtype) -> float:
+    """How far a product may be off when its factors were rounded to a precision, at the most."""
+    up, down = (float(half.norm()) for half in factors)
+    counts = [half.numel() ** 0.5 for half in factors]
+    return 2 * ROUNDING[dtype] * up * down + torch.finfo(dtype).tiny * (up * counts[1] + down * counts[0])
+
+
+def plain(layer: Layer) -> bool:
+    """Whether its change is a product of two thin matrices: LoRA, LoCon, with a core or not, and not DoRA."""
+    return layer.kind == "lora" and MAGNITUDE not in layer.shapes
+
+
+def lora_factors(layer: Layer) -> Factors:
+    """The change of a layer that is `plain`, its scale in the first."""
     up, down = halves(layer.tensors())
     return layer.scale * up.double(), down.double()
 

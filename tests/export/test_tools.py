@@ -160,7 +160,7 @@ class TestConvert:
         self, tmp_path: Path, tiny_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
         """m (W + dW) / ||W + dW|| - W (Liu et al. 2024, eq. 5)"""
-        name = [*foreign.LAYERS["sd"]][0]
+        name = next(iter(foreign.LAYERS["sd"]))
         file = foreign.lora(tmp_path / "a.safetensors", layers=[0])
         tensors = load_file(file)
         magnitude = 1 + keys.uniform(0, "test") * torch.ones(8, 1)
@@ -216,7 +216,7 @@ class TestMerge:
         assert told(capsys.readouterr().out) == pytest.approx((missed / total) ** 0.5, rel=1e-2)
 
     def test_other_kinds_need_a_rank(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        name = [*foreign.LAYERS["sd"]][0]
+        name = next(iter(foreign.LAYERS["sd"]))
         difference = keys.normal((8, 8), 0, "test")
         one = foreign.save(tmp_path / "a.safetensors", {f"{name}.diff": difference})
         two = foreign.lora(tmp_path / "b.safetensors", layers=[0])
@@ -271,7 +271,7 @@ class TestMerge:
         wide = foreign.save(
             tmp_path / "c.safetensors",
             {
-                f"{[*foreign.LAYERS['sd']][0]}.{half}": torch.ones(shape)
+                f"{next(iter(foreign.LAYERS['sd']))}.{half}": torch.ones(shape)
                 for half, shape in (("lora_down.weight", (4, 9)), ("lora_up.weight", (8, 4)))
             },
         )
@@ -350,11 +350,8 @@ class TestResize:
         for energy in (0, -0.5, 1.01, "nan"):
             assert "--energy" in refused(capsys, *words, "--energy", energy)
         assert "already" in refused(capsys, "resize", file, file, "--rank", 2)
-        assert (
-            "folder" in refused(capsys, "resize", file, tmp_path.with_suffix(".safetensors"), "--rank", 2)
-            if (tmp_path.with_suffix(".safetensors").mkdir() is None)
-            else None
-        )
+        (tmp_path / "d.safetensors").mkdir()
+        assert "folder" in refused(capsys, "resize", file, tmp_path / "d.safetensors", "--rank", 2)
         assert ".safetensors" in refused(capsys, "resize", file, tmp_path / "b.pt", "--rank", 2)
         assert "no such file" in refused(capsys, "resize", tmp_path / "none.safetensors", out, "--rank", 2)
         save_file({"conv.weight": torch.ones(3)}, tmp_path / "none.safetensors")
@@ -362,7 +359,7 @@ class TestResize:
         assert not out.exists() and not list(tmp_path.glob(".*"))
 
     def test_tensors_that_do_not_fit_each_other(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        name = [*foreign.LAYERS["sd"]][0]
+        name = next(iter(foreign.LAYERS["sd"]))
         tensors = {f"{name}.lora_down.weight": torch.ones(4, 8), f"{name}.lora_up.weight": torch.ones(8, 3)}
         file = foreign.save(tmp_path / "a.safetensors", tensors)
         assert "do not fit each other" in refused(capsys, "resize", file, tmp_path / "b.safetensors", "--rank", 2)
