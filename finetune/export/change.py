@@ -30,12 +30,18 @@ class Kind:
     """The change without its scale."""
 
 
-def lora(t: Tensors) -> Tensor:
-    """B A (Hu et al. 2021, 2106.09685, eq. 3). Of a convolution A holds the kernel; with a core, B (core x A)."""
+def halves(t: Tensors) -> tuple[Tensor, Tensor]:
+    """LoRA's B (out, r) and A (r, in * ...). Of a convolution A holds the kernel; with a core, A is core x A."""
     down, up = t["lora_down.weight"].float(), t["lora_up.weight"].float().flatten(1)
     if "lora_mid.weight" in t:
         down = torch.einsum("pqhw,qi->pihw", t["lora_mid.weight"].float(), down.flatten(1))
-    return up @ down.flatten(1)
+    return up, down.flatten(1)
+
+
+def lora(t: Tensors) -> Tensor:
+    """B A (Hu et al. 2021, 2106.09685, eq. 3)."""
+    up, down = halves(t)
+    return up @ down
 
 
 def loha(t: Tensors) -> Tensor:

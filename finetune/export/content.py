@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from finetune import weights
@@ -136,25 +135,33 @@ def held(part: str, path: str, tensors: Mapping[str, Tensor], alpha: float | Non
 
 
 class File:
-    """A safetensors file whose tensors are read one at a time, each refused when it is not finite."""
+    """A safetensors file whose tensors are read one at a time, each refused when it is not finite.
+
+    They are read, not mapped: a file that has been gone through does not count as memory.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Raises Fault for a file that is not whole, see `weights.check_file`."""
-        entries, self.metadata, _ = weights.read_header(path)
-        self.path, self.shapes = path, {name: tuple(entry["shape"]) for name, entry in entries.items()}
-        self.dtypes = {name: entry["dtype"] for name, entry in entries.items()}
+        """Raises Fault for a file that is not whole, see `weights.check_file`, or of types that are not read."""
+        self._entries, self.metadata, self._start = weights.read_header(path)
+        self.path = path
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
+        self.dtypes = {name: entry["dtype"] for name, entry in self._entries.items()}
+        if unknown := sorted({*self.dtypes.values()} - {*stream.DTYPES}):
+            raise Fault(f"{path}: numbers of type {', '.join(unknown)}; read are {', '.join(stream.DTYPES)}.")
 
     def precisions(self) -> set[torch.dtype]:
         """Of its tensors, but for single numbers (alphas)."""
         return {stream.DTYPES[kind] for name, kind in self.dtypes.items() if self.shapes[name]}
 
-    @cached_property
-    def _handle(self) -> object:
-        return safe_open(self.path, framework="pt")
-
     def load(self, name: str) -> Tensor:
-        tensor: Tensor = self._handle.get_tensor(name)  # type: ignore[attr-defined]
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+        begin, end = self._entries[name]["data_offsets"]
+        data = bytearray(end - begin)
+        with self.path.open("rb") as file:
+            file.seek(self._start + begin)
+            file.readinto(data)
+        dtype, shape = stream.DTYPES[self.dtypes[name]], self.shapes[name]
+        tensor = torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise Fault(f"{self.path}: {name} holds NaN or infinite values: it comes from a run that failed.")
         return tensor
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from finetune.quiet import quiet
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 EMBEDDED = "toybox"
+STEMS = ("diffusion_pytorch_model", "model")
+"""What diffusers and transformers call the weights of a part."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,18 @@ class Source:
         loaded = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
         weights.check_finite({name: part for name, part in loaded.items() if name not in components})
         return pipeline
+
+    def local(self, parts: Sequence[str]) -> Path:
+        """The diffusers folder of a model that is no single file; of a hub model, with the weights of these parts."""
+        if self.folder is not None:
+            return self.folder
+        from huggingface_hub import snapshot_download
+
+        files = [f"{stem}{end}" for stem in STEMS for end in (weights.SUFFIX, f"-*-of-*{weights.SUFFIX}")]
+        wanted = [f"{part}/{file}" for part in parts for file in ("config.json", "*.index.json", *files)]
+        with _hub_faults(self):
+            found = snapshot_download(self.model, revision=self.revision, allow_patterns=["model_index.json", *wanted])
+        return Path(found)
 
     def identity(self) -> str:
         """A name for exactly this model: a hash of its weights, configuration and tokenizer, or the hub's commit."""

@@ -62,11 +62,18 @@ def entries(adapter: Adapter, family: type[Family], dtype: torch.dtype | None) -
     made = {}
     for layer in adapter:
         if layer.kind != "lora" or "lora_mid.weight" in layer.shapes:
-            raise Fault(f"{layer.name}: diffusers loads LoRA and DoRA only, not {layer.title}. Take the format kohya.")
+            core = " with a core" if layer.kind == "lora" else ""
+            raise Fault(
+                f"{layer.name}: diffusers loads LoRA and DoRA only, not {layer.title}{core}. Take the format kohya, or "
+                "make a plain LoRA of it: `finetune convert FILE OUT --format diffusers --to-lora RANK`."
+            )
         for tensor, shape in layer.shapes.items():
             if tensor == MAGNITUDE:
                 if shape[0] == 1 and len(shape) == 2:
-                    raise Fault(f"{layer.name}: DoRA of columns; diffusers knows DoRA of rows only. Merge it instead.")
+                    raise Fault(
+                        f"{layer.name}: DoRA of columns; diffusers knows DoRA of rows only. Make a plain LoRA of it: "
+                        "`finetune convert FILE OUT --format diffusers --to-lora RANK --model BASE`."
+                    )
                 shape = (1, shape[0], 1, 1) if len(shape) == 4 else (shape[0],)
             made[f"{layer.name}.{OURS[tensor]}"] = layer.entry(tensor, shape, dtype)
     return made

@@ -84,11 +84,16 @@ def metadata(adapter: Adapter, family: type[Family]) -> dict[str, str]:
 
 
 def module(layer: Layer, family: type[Family]) -> str:
-    """What a layer is called in files of the family."""
+    """What a layer is called in files of the family. Raises Fault when it has no such layer."""
     if layer.part == family.denoiser_name:
         layout: Layout | None = family.published.original
-        path = original.written(layer.path, layout) if layout else layer.path
+        try:
+            path = original.written(layer.path, layout) if layout else layer.path
+        except KeyError as error:
+            raise Fault(f"{layer.name}: no layer of a {family.title} model. Is the adapter for another?") from error
         return f"lora_unet_{path.replace('.', '_')}"
+    if layer.part not in family.text_encoder_names:
+        raise Fault(f"{layer.name}: a {family.title} model has no {layer.part}. Is the adapter for another?")
     prefix = family.published.text[family.text_encoder_names.index(layer.part)]
     return f"{prefix}_{layer.path.replace('.', '_')}"
 

@@ -1,0 +1,59 @@
+"""What a file that is made of others says of them: all that is still true, and nothing that is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetune import provenance
+
+OWN = "finetune"
+"""The header's key of what this toolkit writes: a table as JSON."""
+PREFIXES = ("ss_", "modelspec.")
+STALE = ("modelspec.hash_sha256", "modelspec.thumbnail")
+"""Of the old file's tensors. (`sshs_model_hash` and `sshs_legacy_hash` have another prefix, and go too.)"""
+NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+"""Of the old layers' kind and rank."""
+TITLES = {"modelspec.title": "modelspec.merged_from", "modelspec.trigger_phrase": "modelspec.trigger_phrase"}
+"""Where several files say different things, both are of use."""
+
+
+def carried_metadata(
+    sources: Sequence[Mapping[str, str]], pipeline: str, tool: Mapping[str, Any], remade: bool
+) -> dict[str, str]:
+    """The header of a file that was made from files with these headers: `ss_*` and `modelspec.*` that all of them say
+    alike, and our own table.
+
+    `pipeline`: the class that the adapter is for. `tool`: what was done, added to our table's `tools`. `remade`: the
+    layers are of another rank or kind, so what the headers say of these is left out. Hashes are never carried over.
+    """
+    left_out = {*STALE, *(NETWORK if remade else ())}
+    kept = {
+        key: value
+        for key, value in sources[0].items()
+        if key.startswith(PREFIXES) and key not in left_out and all(other.get(key) == value for other in sources[1:])
+    }
+    for key, joint in TITLES.items():
+        told = list(dict.fromkeys(source[key] for source in sources if source.get(key)))
+        if len(sources) > 1 and told:
+            kept[joint] = ", ".join(told)
+    return {**kept, OWN: provenance.dumps(_own(sources, pipeline, tool, remade))}
+
+
+def _own(sources: Sequence[Mapping[str, str]], pipeline: str, tool: Mapping[str, Any], remade: bool) -> dict[str, Any]:
+    tables = [_table(source) for source in sources]
+    one = len(tables) == 1
+    table = dict(tables[0]) if one else {"sources": [{k: v for k, v in t.items() if k != "tools"} for t in tables]}
+    earlier = table.pop("tools", [])
+    if one and remade:
+        table = {key: value for key, value in table.items() if key not in ("rank", "alpha")}
+    done = {key: value for key, value in {**tool, "software": provenance.software()}.items() if value is not None}
+    return {**table, "pipeline": pipeline, "tools": [*(earlier if isinstance(earlier, list) else []), done]}
+
+
+def _table(source: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        return dict(json.loads(source.get(OWN, "{}")))
+    except (ValueError, TypeError):
+        return {}
