@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str] 
     end = 0
     for name in order:
         entry, start = entries[name], end
-        end += entry.dtype.itemsize * torch.Size(entry.shape).numel()
+        end += _bytes([entry])
         header[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
     text += b" " * (-len(text) % 8)
@@ -54,3 +54,29 @@ def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str] 
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_shards(path: Path, entries: Mapping[str, Entry], limit: int) -> None:
+    """The same in files of at most `limit` bytes of tensors, `name-00001-of-00003.safetensors`, with their index.
+
+    What fits into one file is written to `path`. A tensor that is larger than the limit has a file of its own.
+    """
+    shards: list[dict[str, Entry]] = [{}]
+    for name in sorted(entries):
+        if shards[-1] and _bytes(shards[-1].values()) + _bytes([entries[name]]) > limit:
+            shards.append({})
+        shards[-1][name] = entries[name]
+    if len(shards) == 1:
+        return write(path, entries)
+    files = [f"{path.stem}-{number:05d}-of-{len(shards):05d}{path.suffix}" for number in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        write(path.with_name(file), shard)
+    index = {
+        "metadata": {"total_size": _bytes(entries.values())},
+        "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+    }
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _bytes(entries: Iterable[Entry]) -> int:
+    return sum(entry.dtype.itemsize * torch.Size(entry.shape).numel() for entry in entries)

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
+from finetune.families.checkpoint import Part
 from finetune.families.original import Layout
 from finetune.objective import Diffusion, Objective
 
@@ -56,6 +57,10 @@ class Family(Protocol):
     @property
     def pipeline(self) -> DiffusionPipeline:
         """The diffusers pipeline, which holds the parts by their names; a part that was released is None."""
+        ...
+
+    def original_parts(self) -> dict[str, Part]:
+        """The parts of the pipeline that a single-file checkpoint holds, by name, and what they are in it."""
         ...
 
     def objective(self) -> Objective:

@@ -9,8 +9,9 @@ from typing import ClassVar
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from finetune.families import base
+from finetune.families import base, checkpoint
 from finetune.families.base import Conditions, Published
+from finetune.families.checkpoint import Part
 from finetune.objective import Objective
 
 
@@ -32,6 +33,18 @@ class StableDiffusion:
         versions=("sd_v", "sd_1", "sd_2"),
         architectures=("stable-diffusion-v1", "stable-diffusion-v2"),
     )
+
+    def original_parts(self) -> dict[str, Part]:
+        """SD 2's text encoder is OpenCLIP's, which has the exact gelu; SD 1's is OpenAI's, which has the quick one."""
+        if self.pipeline.text_encoder.config.hidden_act == "gelu":
+            text = Part("cond_stage_model.model.", checkpoint.open_clip)
+        else:
+            text = Part("cond_stage_model.transformer.", checkpoint.clip)
+        return {
+            "unet": Part(checkpoint.UNET, checkpoint.unet),
+            "vae": Part(checkpoint.VAE, checkpoint.vae),
+            "text_encoder": text,
+        }
 
     def objective(self) -> Objective:
         return base.diffusion(self.pipeline)

@@ -9,8 +9,9 @@ from typing import ClassVar
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from finetune.families import base
+from finetune.families import base, checkpoint
 from finetune.families.base import Conditions, Published
+from finetune.families.checkpoint import Part
 from finetune.families.original import Layout
 from finetune.objective import Objective
 
@@ -33,6 +34,14 @@ class StableDiffusionXL:
         versions=("sdxl_",),
         architectures=("stable-diffusion-xl",),
     )
+
+    def original_parts(self) -> dict[str, Part]:
+        return {
+            "unet": Part(checkpoint.UNET, checkpoint.unet),
+            "vae": Part(checkpoint.VAE, checkpoint.vae),
+            "text_encoder": Part("conditioner.embedders.0.transformer.", checkpoint.clip),
+            "text_encoder_2": Part("conditioner.embedders.1.model.", checkpoint.open_clip),
+        }
 
     def objective(self) -> Objective:
         return base.diffusion(self.pipeline)
