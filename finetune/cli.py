@@ -151,6 +151,7 @@ VERBS = {
     "demo": Verb("see it work: a subject learned in minutes, before and after in one picture", _page("finetune.demo")),
     "train": Verb("train a recipe on your pictures", _train),
     "generate": Verb("draw pictures with a model and adapters", _page("finetune.generate")),
+    "export": Verb("write what was trained in the formats that programs read", _page("finetune.commands.export")),
     "data check": Verb("look a data set over: every problem at once", _page("finetune.commands.check")),
     "data preview": Verb("a sheet of the pictures with their crops", _page("finetune.commands.preview")),
     "data caption": Verb("write captions with a vision-language model", _page("finetune.commands.caption")),

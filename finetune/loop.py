@@ -140,7 +140,7 @@ class Training:
         self.batches = Batches(data, order, model.objective.timesteps, accelerator.device)
         if train.gradient_checkpointing:
             _checkpoint_activations(family)
-        self.parameters = _named(family, groups)
+        self.parameters = named(family, groups)
         self.average = Average(self.parameters, train.ema, "cpu" if train.ema_on_cpu else None) if train.ema else None
         self.validation = Validation(self.batches, train.batch_size, accelerator)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -242,7 +242,7 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _named(family: Family, groups: Sequence[Group]) -> dict[str, nn.Parameter]:
+def named(family: Family, groups: Sequence[Group]) -> dict[str, nn.Parameter]:
     """The parameters that train, by part and name, in the groups' order."""
     parts = families.modules(family)
     names = {id(p): f"{part}.{name}" for part in parts for name, p in parts[part].named_parameters()}

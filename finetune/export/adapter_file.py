@@ -19,7 +19,7 @@ from finetune.errors import Failure, Fault
 from finetune.export import formats
 from finetune.export.carried import carried
 from finetune.export.compare import REPEATED, coarsest, difference, encoding, other_changes, prediction
-from finetune.export.content import File
+from finetune.export.content import Adapter, File
 from finetune.export.reading import adaptable, attach, detach, layers, listed
 from finetune.families import Family
 
@@ -41,19 +41,41 @@ def adapter(
     settings that may be told (`finetune`). Parts that do not train may be out of memory. Raises Failure, and leaves
     what was at `path`, when the file does not load back equal.
     """
-    told = {
-        **provenance.public(settings),
-        "pipeline": type(family.pipeline).__name__,
-        "software": provenance.software(),
-    }
+    written = carried(family, NAME)
+    convert(written, path, form, metadata=header(written.family, settings), dtype=dtype, live=family)
+
+
+def convert(
+    adapter: Adapter,
+    path: Path,
+    form: str,
+    *,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+    family: type[Family] | None = None,
+    live: Family | None = None,
+) -> None:
+    """Write an adapter in a format, verified: read back and compared, and, where the base is at hand, in diffusers.
+
+    `live`: the base that carries the adapter, see `verify_adapter`. Without it `family` says what the adapter is for,
+    where its own file does not. Raises Failure, and leaves what was at `path`, when the file is not equal.
+    """
     unverified = path.with_name(f".unverified-{path.name}")
     try:
-        metadata = {"finetune": provenance.dumps(told)}
-        formats.write(unverified, carried(family, NAME), form, metadata, dtype, type(family))
-        verify_adapter(family, unverified)
+        formats.write(unverified, adapter, form, metadata, dtype, family if live is None else type(live))
+        if live is not None:
+            verify_adapter(live, unverified)
+        elif wrong := other_changes(adapter, formats.read(unverified), coarsest(File(unverified).precisions())):
+            raise Failure("the adapter does not read back as it was written:", listed(wrong))
         os.replace(unverified, path)
     finally:
         unverified.unlink(missing_ok=True)
+
+
+def header(pipeline: str | None, settings: Mapping[str, Any]) -> dict[str, str]:
+    """What a file's header says of the training: those settings that may be told."""
+    told = {**provenance.public(settings), "pipeline": pipeline, "software": provenance.software()}
+    return {"finetune": provenance.dumps(told)}
 
 
 def verify_adapter(family: Family, path: Path) -> None:
