@@ -177,6 +177,7 @@ VERBS = {
     "generate": Verb("draw pictures with a model and adapters", _page("finetune.generate")),
     "inspect": Verb("what a weight file is: kind, ranks, trigger, metadata", _page("finetune.commands.inspect")),
     "verify": Verb("is an adapter whole, and what does each program load of it", _page("finetune.commands.verify")),
+    "export": Verb("write what was trained in the formats that programs read", _page("finetune.commands.export")),
     "data check": Verb("look a data set over: every problem at once", _page("finetune.commands.check")),
     "data preview": Verb("a sheet of the pictures with their crops", _page("finetune.commands.preview")),
     "data caption": Verb("write captions with a vision-language model", _gently("finetune.commands.caption")),

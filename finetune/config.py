@@ -66,9 +66,14 @@ def file_of(argv: Sequence[str]) -> Path | None:
     return shelf.find_settings(named[0]) if named else None
 
 
+def tables(file: Path) -> dict[str, Any]:
+    """What a TOML file holds, whoever's settings they are. Raises Fault when it cannot be read."""
+    return _read(file)[1]
+
+
 def recipe_of(file: Path) -> str | None:
     """The recipe that a TOML file says it is made for."""
-    recipe = _read(file)[1].get(RECIPE)
+    recipe = tables(file).get(RECIPE)
     return recipe if isinstance(recipe, str) else None
 
 

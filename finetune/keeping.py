@@ -131,13 +131,14 @@ class Keeper:
             "factor": self.factor,
         }
         checkpoint = Checkpoint(training.done, kept)
-        best = _best(training, [*checkpoints.steps(self.folder), training.done])
+        best = best_step(training.validations, [*checkpoints.steps(self.folder), training.done])
         checkpoints.save(self.folder, checkpoint, self.train.keep_last, self.train.keep_every, best)
         self.entry = ledger.write(self.folder, self.entry, state=state, step=training.done, identity=self.identity)
 
     def verdict(self, training: Training) -> str:
         """What the losses on held-out pictures say of the run."""
-        told, best = training.validations, _best(training, checkpoints.steps(self.folder))
+        told = training.validations
+        best = best_step(told, checkpoints.steps(self.folder))
         said = [f"at step {step}: {told[step]:.4f}" for step in (min(told), max(told)) if step in told]
         if best is not None:
             said.append(f"lowest of the checkpoints at step {best}: {told[best]:.4f}, kept in {checkpoints.name(best)}")
@@ -203,9 +204,9 @@ def _require(folder: Path, resume: bool) -> None:
     raise Fault(f"{folder}: there is something there already. A run writes over nothing: name a new --output.")
 
 
-def _best(training: Training, kept: Iterable[int]) -> int | None:
+def best_step(validations: Mapping[int, float], kept: Iterable[int]) -> int | None:
     """The step, of those that are kept, with the lowest loss on held-out pictures."""
-    measured = {step: training.validations[step] for step in kept if step in training.validations}
+    measured = {step: validations[step] for step in kept if step in validations}
     finite = {step: loss for step, loss in measured.items() if math.isfinite(loss)}
     return min(finite, key=lambda step: (finite[step], step)) if finite else None
 

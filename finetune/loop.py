@@ -151,7 +151,7 @@ class Training:
         self.batches = Batches(data, order, model.objective.timesteps, accelerator.device)
         if train.gradient_checkpointing:
             _checkpoint_activations(family)
-        names = _names(family, groups)
+        names = list(named(family, groups))
         asks = bool(loss.unmasked_prior) or any(i.example.taught and i.example.lesson is None for i in data.companions)
         sharding.require_no_questions(asks, accelerator)
         self.whole = sharding.Whole(family, accelerator)
@@ -295,11 +295,11 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _names(family: Family, groups: Sequence[Group]) -> list[str]:
-    """The parameters that train, each by its part and its name in it, in the groups' order."""
+def named(family: Family, groups: Sequence[Group]) -> dict[str, nn.Parameter]:
+    """The parameters that train, by part and name, in the groups' order."""
     parts = families.modules(family)
     names = {id(p): f"{part}.{name}" for part in parts for name, p in parts[part].named_parameters()}
-    return [names[id(parameter)] for group in groups for parameter in group.parameters]
+    return {names[id(parameter)]: parameter for group in groups for parameter in group.parameters}
 
 
 def require_no_base(settings: Loss) -> None:

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and SDXL checkpoints in the original layout (one file), written from a diffusers pipeline.
+"""Stable Diffusion 1.x, 2.x and SDXL checkpoints in the original layout (one file), written from a diffusers pipeline.
 
 The names are those of the CompVis and Stability-AI code: UNet blocks counted through, VAE attention as 1x1
 convolutions, SDXL's second text encoder as OpenCLIP names it.
@@ -96,13 +96,17 @@ def _clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _open_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """SD 2's has no projection, and transformers calls its parts without `text_model.`"""
+    state = {name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": value
+             for name, value in state.items()}  # fmt: skip
     named = {
         "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
         "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
         "ln_final.weight": state["text_model.final_layer_norm.weight"],
         "ln_final.bias": state["text_model.final_layer_norm.bias"],
-        "text_projection": state["text_projection.weight"].T.contiguous(),
     }
+    if "text_projection.weight" in state:
+        named["text_projection"] = state["text_projection.weight"].T.contiguous()
     layers = 1 + max(int(m[1]) for name in state if (m := re.search(r"layers\.(\d+)", name)))
     parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
              "self_attn.out_proj": "attn.out_proj"}  # fmt: skip
@@ -121,6 +125,8 @@ def save(pipeline: DiffusionPipeline, file: Path) -> Path:
     if hasattr(pipeline, "text_encoder_2"):
         tensors |= _clip(pipeline.text_encoder.state_dict(), "conditioner.embedders.0.transformer.")
         tensors |= _open_clip(pipeline.text_encoder_2.state_dict(), "conditioner.embedders.1.model.")
+    elif pipeline.text_encoder.config.hidden_size == 1024:  # SD 2
+        tensors |= _open_clip(pipeline.text_encoder.state_dict(), "cond_stage_model.model.")
     else:
         tensors |= _clip(pipeline.text_encoder.state_dict(), "cond_stage_model.transformer.")
     save_file({name: value.contiguous() for name, value in tensors.items()}, file)

@@ -1,7 +1,18 @@
 """What was trained, as files: each loaded back and compared with the live model before it takes its name."""
 
-from finetune.export.adapter_file import adapter, verify_adapter
+from finetune.export.adapter_file import adapter, convert, verify_adapter
 from finetune.export.merged_folder import merged, verify_merged
 from finetune.export.reading import attach, settings_of
+from finetune.export.single_file import single_file, verify_single_file
 
-__all__ = ["adapter", "attach", "merged", "settings_of", "verify_adapter", "verify_merged"]
+__all__ = [
+    "adapter",
+    "attach",
+    "convert",
+    "merged",
+    "settings_of",
+    "single_file",
+    "verify_adapter",
+    "verify_merged",
+    "verify_single_file",
+]

@@ -21,7 +21,7 @@ from finetune.export import formats
 from finetune.export import metadata as headers
 from finetune.export.carried import carried
 from finetune.export.compare import REPEATED, coarsest, difference, encoding, other_changes, prediction
-from finetune.export.content import File
+from finetune.export.content import Adapter, File
 from finetune.export.reading import adaptable, attach, detach, layers, listed
 from finetune.families import Family
 
@@ -45,14 +45,32 @@ def adapter(
     not train may be out of memory. Raises Failure, and leaves what was at `path`, when the file does not load back
     equal.
     """
-    base = family.edition()
-    captions = (caption for example in examples for caption in example.captions)
-    made = headers.of_training(settings, base, type(family.pipeline).__name__, captions, len(examples))
-    told = headers.of_edition(base) | made
+    told = headers.of_run(family, settings, examples=examples)
+    convert(carried(family, NAME), path, form, metadata=told, dtype=dtype, live=family)
+
+
+def convert(
+    adapter: Adapter,
+    path: Path,
+    form: str,
+    *,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+    family: type[Family] | None = None,
+    live: Family | None = None,
+) -> None:
+    """Write an adapter in a format, verified: read back and compared, and, where the base is at hand, in diffusers.
+
+    `live`: the base that carries the adapter, see `verify_adapter`. Without it `family` says what the adapter is for,
+    where its own file does not. Raises Failure, and leaves what was at `path`, when the file is not equal.
+    """
     unverified = path.with_name(f".unverified-{path.name}")
     try:
-        formats.write(unverified, carried(family, NAME), form, told, dtype, type(family))
-        verify_adapter(family, unverified)
+        formats.write(unverified, adapter, form, metadata, dtype, family if live is None else type(live))
+        if live is not None:
+            verify_adapter(live, unverified)
+        elif wrong := other_changes(adapter, formats.read(unverified), coarsest(File(unverified).precisions())):
+            raise Failure("the adapter does not read back as it was written:", listed(wrong))
         os.replace(unverified, path)
     finally:
         unverified.unlink(missing_ok=True)

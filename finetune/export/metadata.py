@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from finetune import provenance
+from finetune.data.examples import Example
 from finetune.export import hashes
 from finetune.export.change import MAGNITUDE
 from finetune.export.content import Adapter
-from finetune.families.base import Edition
+from finetune.families.base import Edition, Family
 
 SPEC = "1.0.1"
 OWN = "finetune"
@@ -31,6 +32,15 @@ FREE_TEXTS = ("title", "author", "license", "description")
 """Settings that go into ModelSpec's fields of these names as they are"""
 UNIQUE = ("lora_adapter_metadata", *hashes.BLANKS)
 """What belongs to one file and its names and bytes, and is never passed on to another."""
+
+
+def of_run(
+    family: Family, settings: Mapping[str, Any], kind: str | None = "lora", examples: Sequence[Example] = ()
+) -> dict[str, str]:
+    """All that a file of what was trained on this base says. `kind`: as in `of_edition`."""
+    edition, captions = family.edition(), [caption for example in examples for caption in example.captions]
+    made = of_training(settings, edition, type(family.pipeline).__name__, captions, len(examples))
+    return of_edition(edition, kind) | made
 
 
 def of_edition(edition: Edition, kind: str | None = "lora") -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def write(
     table, end = {}, 0
     for name in order:
         entry, start = entries[name], end
-        end += entry.dtype.itemsize * torch.Size(entry.shape).numel()
+        end += _bytes([entry])
         table[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
     told = {**(metadata or {"format": "pt"}), **{name: hashes.BLANKS[name] for name in hashed}}
     digest = hashes.Digest(table, told)
@@ -65,3 +66,29 @@ def write(
             file.write(weights.header_bytes(table, {**told, **{name: digest.values()[name] for name in hashed}}))
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_shards(path: Path, entries: Mapping[str, Entry], limit: int) -> None:
+    """The same in files of at most `limit` bytes of tensors, `name-00001-of-00003.safetensors`, with their index.
+
+    What fits into one file is written to `path`. A tensor that is larger than the limit has a file of its own.
+    """
+    shards: list[dict[str, Entry]] = [{}]
+    for name in sorted(entries):
+        if shards[-1] and _bytes(shards[-1].values()) + _bytes([entries[name]]) > limit:
+            shards.append({})
+        shards[-1][name] = entries[name]
+    if len(shards) == 1:
+        return write(path, entries)
+    files = [f"{path.stem}-{number:05d}-of-{len(shards):05d}{path.suffix}" for number in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        write(path.with_name(file), shard)
+    index = {
+        "metadata": {"total_size": _bytes(entries.values())},
+        "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+    }
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _bytes(entries: Iterable[Entry]) -> int:
+    return sum(entry.dtype.itemsize * torch.Size(entry.shape).numel() for entry in entries)

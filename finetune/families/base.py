@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from finetune.families.checkpoint import Part
 from finetune.families.original import Layout
 from finetune.objective import Diffusion, Objective
 
@@ -97,6 +98,10 @@ class Family(Protocol):
 
     def edition(self) -> Edition:
         """What headers of files for this checkpoint say that it is."""
+        ...
+
+    def original_parts(self) -> dict[str, Part]:
+        """The parts of the pipeline that a single-file checkpoint holds, by name, and what they are in it."""
         ...
 
     def objective(self) -> Objective:

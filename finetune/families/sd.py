@@ -10,8 +10,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from finetune.families import base
+from finetune.families import base, checkpoint
 from finetune.families.base import Conditions, Edition, Published
+from finetune.families.checkpoint import Part
 from finetune.objective import Objective
 
 FIRST: dict[str, Any] = {
@@ -62,6 +63,18 @@ class StableDiffusion:
         else:
             chosen = second if wide else first
         return replace(chosen, resolution=self.resolution())
+
+    def original_parts(self) -> dict[str, Part]:
+        """SD 2's text encoder is OpenCLIP's, which has the exact gelu; SD 1's is OpenAI's, which has the quick one."""
+        if self.pipeline.text_encoder.config.hidden_act == "gelu":
+            text = Part("cond_stage_model.model.", checkpoint.open_clip)
+        else:
+            text = Part("cond_stage_model.transformer.", checkpoint.clip)
+        return {
+            "unet": Part(checkpoint.UNET, checkpoint.unet),
+            "vae": Part(checkpoint.VAE, checkpoint.vae),
+            "text_encoder": text,
+        }
 
     def objective(self) -> Objective:
         return base.diffusion(self.pipeline)

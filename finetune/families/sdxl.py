@@ -10,8 +10,9 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from finetune.families import base
+from finetune.families import base, checkpoint
 from finetune.families.base import Conditions, Edition, Published
+from finetune.families.checkpoint import Part
 from finetune.families.original import Layout
 from finetune.objective import Objective
 
@@ -66,6 +67,14 @@ class StableDiffusionXL:
     def edition(self) -> Edition:
         velocity = self.pipeline.scheduler.config.prediction_type == "v_prediction"
         return replace(EDITION, prediction="v" if velocity else "epsilon", resolution=self.resolution())
+
+    def original_parts(self) -> dict[str, Part]:
+        return {
+            "unet": Part(checkpoint.UNET, checkpoint.unet),
+            "vae": Part(checkpoint.VAE, checkpoint.vae),
+            "text_encoder": Part("conditioner.embedders.0.transformer.", checkpoint.clip),
+            "text_encoder_2": Part("conditioner.embedders.1.model.", checkpoint.open_clip),
+        }
 
     def objective(self) -> Objective:
         return base.diffusion(self.pipeline)

@@ -12,11 +12,12 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from finetune import export, families, sampling
 from finetune.adapters import NAME
 from finetune.errors import Failure, Fault
-from finetune.export import compare, merged_folder, stream
+from finetune.export import compare, merging, stream
 from finetune.families import Family, Source
 
 
@@ -133,7 +134,7 @@ def test_a_planted_corruption_is_found_and_nothing_is_left(
 
 def live_weight(family: Family, part: str) -> torch.Tensor:
     """The base's weight of the layer that the corruption is planted in."""
-    own = merged_folder._own_tensors(getattr(family.pipeline, part))
+    own = merging.own_tensors(getattr(family.pipeline, part))
     return own[sorted(name for name in own if "to_q.weight" in name or "q_proj.weight" in name)[-1]]
 
 
@@ -173,8 +174,6 @@ def test_verify_finds_a_live_model_that_went_on(tiny_models: dict[str, Path], tm
 
 def test_a_file_written_tensor_by_tensor_equals_the_librarys(tmp_path: Path) -> None:
     """Names, shapes, values, alignment; made one at a time, in order, never twice."""
-    from safetensors.torch import load_file
-
     made: list[str] = []
     tensors = {
         "b": torch.randn(3, 5),
@@ -200,3 +199,24 @@ def test_a_file_written_tensor_by_tensor_equals_the_librarys(tmp_path: Path) -> 
         assert torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
     stream.write(tmp_path / "b.safetensors", {name: entry(name) for name in reversed(tensors)})
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_large_parts_are_written_in_shards(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Each below the limit, none twice, and read by diffusers, by transformers and by this toolkit."""
+    family, limit = live.adapted(tiny_models["sdxl"], text=True), 30_000
+    expected = picture(family)
+    export.merged(family, tmp_path / "model", dtype=torch.float32, shard=limit)
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder_2", "model")):
+        files = sorted((tmp_path / "model" / part).glob("*.safetensors"))
+        assert [path.name for path in files] == [
+            f"{stem}-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)
+        ]
+        held = [load_file(path) for path in files]
+        sizes = [sum(tensor.numel() * 4 for tensor in shard.values()) for shard in held]
+        assert all(size <= limit or len(shard) == 1 for size, shard in zip(sizes, held, strict=True))
+        index = json.loads((tmp_path / "model" / part / f"{stem}.safetensors.index.json").read_text())
+        named = {name: path.name for path, shard in zip(files, held, strict=True) for name in shard}
+        assert index == {"metadata": {"total_size": sum(sizes)}, "weight_map": named}
+        assert len(named) == sum(map(len, held)) and len(files) > 2
+    assert np.abs(picture(plain(tmp_path / "model")) - expected).max() <= 1
+    assert np.abs(picture(families.load(Source(str(tmp_path / "model")))) - expected).max() <= 1

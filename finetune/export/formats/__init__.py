@@ -93,6 +93,15 @@ def text_width(adapter: Adapter) -> int | None:
     return next(found, None)
 
 
+def refused(adapter: Adapter, name: str, family: type[Family]) -> Fault | None:
+    """Why a format has no place for the adapter; None where it has."""
+    try:
+        FORMATS[name].entries(adapter, family, None)
+    except Fault as fault:
+        return fault
+    return None
+
+
 def known_family(adapter: Adapter) -> type[Family]:
     """Raises Fault when the file does not tell for what it is."""
     if adapter.family is None:

@@ -1,0 +1,153 @@
+"""finetune export RUN_OR_FILE: what was trained, in the formats that programs read; each file is loaded back first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tyro.conf import Positional
+
+from finetune.errors import Fault
+
+if TYPE_CHECKING:
+    from finetune.export.trained import Loaded, Trained
+    from finetune.families import Source
+
+Form = Literal["diffusers", "kohya", "merged", "single-file", "all"]
+FILES = {
+    "diffusers": "{}-diffusers.safetensors",
+    "kohya": "{}-kohya.safetensors",
+    "merged": "{}-merged",
+    "single-file": "{}-single-file.safetensors",
+}
+"""What is written for each format, in this order."""
+ADAPTERS = ("diffusers", "kohya")
+"""Those that hold an adapter alone; the others hold the whole model."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Write what was trained in the formats that programs read. Each file is loaded back and compared."""
+
+    source: Positional[Path]
+    """A run's folder, an adapter file of any format, or a diffusers folder."""
+    format: tuple[Form, ...]
+    """`kohya`: an adapter for A1111, Forge, ComfyUI, InvokeAI and sd-scripts. `diffusers`: one for diffusers and PEFT.
+    `merged`: the whole model as a diffusers folder. `single-file`: the whole model as one checkpoint for all of them.
+    `all`: each that applies."""
+    output: Path
+    """Folder to write to. Nothing that is there is written over."""
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Precision of the files."""
+    step: str | None = None
+    """A run's checkpoint: its step, `best` or `last`. Default: what the run exported at its end; of an unfinished run
+    the last checkpoint."""
+    model: str | None = None
+    """The base: needed to make a whole model of an adapter file. Default: the one that the run was trained from."""
+    revision: str | None = None
+    """Branch, tag or commit of a base from the hub."""
+    model_config: str | None = None
+    """For a base that is a .safetensors checkpoint: folder or hub name of a diffusers model of the same kind."""
+    name: str | None = None
+    """What the files are called after. Default: the name of the run's folder or of the file."""
+
+
+def main(config: Config) -> None:
+    from finetune import weights
+    from finetune.export import trained
+
+    # What can be refused is refused before a model is loaded.
+    found = trained.find(config.source, config.step)
+    source = _base(config, found)
+    forms = _forms(config, found, source)
+    targets = _targets(config, found, forms)
+    loaded = trained.load(found, source)
+    forms = _suiting(config, loaded, forms)
+    for form in forms:
+        _write(loaded, form, targets[form], config.dtype)
+    print(f"{config.source}: {found.said}, written in {config.dtype}, loaded back and found equal:")
+    for form in forms:
+        files = [path for path in (targets[form], *targets[form].rglob("*")) if path.is_file()]
+        print(f"  {targets[form]}  {weights.said(sum(path.stat().st_size for path in files))}")
+
+
+def _base(config: Config, found: Trained) -> Source | None:
+    from finetune.families import Source
+
+    if config.model is None:
+        if config.revision is not None or config.model_config is not None:
+            raise Fault("--revision and --model-config go with --model.")
+        return found.base()
+    if found.folder is not None:
+        raise Fault(f"--model {config.model}: {found.folder} is a whole model itself. Leave --model out.")
+    return Source(config.model, config.revision, config.model_config)
+
+
+def _forms(config: Config, found: Trained, source: Source | None) -> list[str]:
+    """The formats that are asked for, in their order. Raises Fault for those that cannot be had."""
+    if not config.format:
+        raise Fault(f"--format: which? {', '.join(FILES)} or all.")
+    if "all" in config.format:
+        whole = source is not None
+        if not whole:
+            print("merged, single-file: not written, as they need the base: --model.")
+        return [form for form in FILES if (found.adapts if form in ADAPTERS else whole)]
+    forms: list[str] = [form for form in FILES if form in config.format]
+    for form in forms:
+        if form in ADAPTERS and not found.adapts:
+            raise Fault(
+                f"--format {form}: {config.source} holds a whole model, no adapter. Take merged or single-file."
+            )
+        if form not in ADAPTERS and source is None:
+            raise Fault(f"--format {form}: a whole model is made of the adapter and its base. Name the base: --model.")
+    return forms
+
+
+def _targets(config: Config, found: Trained, forms: list[str]) -> dict[str, Path]:
+    if config.output.exists() and not config.output.is_dir():
+        raise Fault(f"{config.output}: a file, where --output names a folder.")
+    targets = {form: config.output / FILES[form].format(config.name or found.name) for form in forms}
+    if there := [str(path) for path in targets.values() if path.exists()]:
+        raise Fault("something is there already, and is not written over. Name another --output or --name.", there)
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Fault(f"{config.output}: cannot be made ({error.strerror}). Name another --output.") from error
+    return targets
+
+
+def _suiting(config: Config, loaded: Loaded, forms: list[str]) -> list[str]:
+    """Without the formats that have no place for the adapter's kind. Raises Fault when they were asked for by name."""
+    from finetune.export import formats
+
+    if loaded.adapter is None:
+        return forms
+    family = type(loaded.family) if loaded.family is not None else formats.known_family(loaded.adapter)
+    suiting = []
+    for form in forms:
+        refused = formats.refused(loaded.adapter, form, family) if form in ADAPTERS else None
+        if refused is None:
+            suiting.append(form)
+        elif "all" not in config.format:
+            raise refused
+        else:
+            print(f"{form}: not written: {refused.message}")
+    return suiting
+
+
+def _write(loaded: Loaded, form: str, path: Path, precision: str) -> None:
+    from finetune import engine, export
+
+    dtype, family = engine.DTYPES[precision], loaded.family
+    if form in ADAPTERS:
+        assert loaded.adapter is not None
+        live = family if loaded.carries else None
+        of = None if family is None else type(family)
+        export.convert(loaded.adapter, path, form, metadata=loaded.metadata, dtype=dtype, family=of, live=live)
+        return
+    assert family is not None
+    if form == "merged":
+        export.merged(family, path, dtype=dtype)
+    else:
+        export.single_file(family, path, dtype=dtype, metadata=loaded.metadata)
