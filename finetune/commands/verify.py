@@ -121,7 +121,7 @@ def _text(report: Report) -> Iterator[RenderableType]:
         for line in _some(check.lines):
             table.add_row("", Text(f"  {line}", "dim" if check.state == "holds" else style, overflow="fold"))
     yield table
-    yield Text("\nWhat each program makes of it (* it is made for these):\n", "bold")
+    yield Text("\nWhat each program makes of its names and alphas (* it is made for these):\n", "bold")
     table = Table.grid(padding=(0, 1))
     for verdict in report.verdicts:
         meant = verdict.client in report.made_for
@@ -131,7 +131,14 @@ def _text(report: Report) -> Iterator[RenderableType]:
             names = ", ".join(_some(finding.names, 2)) if len(finding.names) < verdict.layers else "all of it"
             table.add_row("", "", Text(f"{finding.reason}: {names}", "dim", overflow="fold"))
     yield table
-    yield Text(f"\n{'All is well.' if report.sound else 'Something must be known: see above.'}", "bold")
+    yield Text(f"\n{_summary(report)}", "bold")
+
+
+def _summary(report: Report) -> str:
+    if not report.sound:
+        return "Something must be known: see above."
+    asked = all(check.state == "holds" for check in report.checks)
+    return "All is well." if asked else "Nothing is wrong with what could be asked; ?? could not."
 
 
 def _some(lines: list[str], most: int = SHOWN) -> list[str]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune import provenance
+from finetune.export.metadata import OWN, own
 
-OWN = "finetune"
-"""The header's key of what this toolkit writes: a table as JSON."""
 PREFIXES = ("ss_", "modelspec.")
 STALE = ("modelspec.hash_sha256", "modelspec.thumbnail")
 """Of the old file's tensors. (`sshs_model_hash` and `sshs_legacy_hash` have another prefix, and go too.)"""
@@ -42,7 +40,7 @@ def carried_metadata(
 
 
 def _own(sources: Sequence[Mapping[str, str]], pipeline: str, tool: Mapping[str, Any], remade: bool) -> dict[str, Any]:
-    tables = [_table(source) for source in sources]
+    tables = [own(source) for source in sources]
     one = len(tables) == 1
     table = dict(tables[0]) if one else {"sources": [{k: v for k, v in t.items() if k != "tools"} for t in tables]}
     earlier = table.pop("tools", [])
@@ -50,10 +48,3 @@ def _own(sources: Sequence[Mapping[str, str]], pipeline: str, tool: Mapping[str,
         table = {key: value for key, value in table.items() if key not in ("rank", "alpha")}
     done = {key: value for key, value in {**tool, "software": provenance.software()}.items() if value is not None}
     return {**table, "pipeline": pipeline, "tools": [*(earlier if isinstance(earlier, list) else []), done]}
-
-
-def _table(source: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        return dict(json.loads(source.get(OWN, "{}")))
-    except (ValueError, TypeError):
-        return {}

@@ -164,12 +164,13 @@ def _scaled(content: Content) -> list[Module]:
 
 
 def _other_alphas(content: Content) -> list[Module]:
-    """Not of the alpha that most have, where diffusers takes that one for all."""
-    counted = Counter(module.alpha for module in content if module.alpha is not None)
-    if len(counted) < 2:
-        return []
-    common = counted.most_common(1)[0][0]
-    return [m for m in content if m.alpha not in (None, common) and (m.text or ATTENTION.fullmatch(m.path or ""))]
+    """Not of the alpha that most in the part have, where diffusers takes that one for all."""
+    wrong = []
+    for part in {module.part for module in content}:
+        own = [module for module in content if module.part == part and module.alpha is not None]
+        counted = Counter(module.alpha for module in own)
+        wrong += [module for module in own if module.alpha != counted.most_common(1)[0][0]]
+    return [module for module in wrong if module.text or ATTENTION.fullmatch(module.path or "")]
 
 
 def _mixed(content: Content) -> list[Module]:

@@ -104,6 +104,7 @@ def of_training(
         "ss_resolution": f"({max(sides)}, {max(sides)})",
         "ss_sd_model_name": model if model != provenance.LOCAL else None,
         "ss_num_train_images": str(pictures) if pictures else None,
+        "ss_clip_skip": str(edition.clip_skip) if edition.clip_skip else None,
     }
     told |= {f"modelspec.{name}": given.get(name) for name in FREE_TEXTS if given.get(name)}
     if given.get("tell_captions") and (tags := _tags(captions)):

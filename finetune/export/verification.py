@@ -163,11 +163,8 @@ def _unfit(adapter: Adapter, expected: Mapping[str, Tensor]) -> Iterator[tuple[s
         weight = expected.get(layer.name)
         if weight is None:
             yield layer.name, ABSENT
-        elif layer.extent != weight.flatten(1).shape:
-            yield (
-                layer.name,
-                f"it changes {layer.extent} numbers, where the weight has {tuple(weight.flatten(1).shape)}",
-            )
+        elif layer.extent != (shape := tuple(weight.flatten(1).shape)):
+            yield layer.name, f"its change is of shape {layer.extent}, the model's weight of {shape}"
 
 
 def _told(adapter: Adapter, family: type[Family], base: Family | None) -> Check:

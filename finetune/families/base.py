@@ -38,6 +38,8 @@ class Edition:
     """None where it is not known."""
     second: bool = False
     """`ss_v2`: of Stable Diffusion's second generation"""
+    clip_skip: int | None = None
+    """`ss_clip_skip`: which of the text encoder's layers is taken, 1 being the last; None where it is not told."""
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     """Configurations of the denoiser and the text encoders, where they are not their classes' defaults"""
 

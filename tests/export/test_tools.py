@@ -6,12 +6,12 @@ import json
 import re
 from pathlib import Path
 
-import foreign
+import foreign_layers as foreign
 import original
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from foreign import changes
+from foreign_layers import changes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
