@@ -56,6 +56,13 @@ def of_edition(edition: Edition, kind: str | None = "lora") -> dict[str, str]:
     return told | ({"modelspec.prediction_type": edition.prediction} if edition.prediction else {})
 
 
+def of_whole(metadata: Mapping[str, str], edition: Edition) -> dict[str, str]:
+    """What a whole checkpoint says that holds what these headers tell of."""
+    told = {name: value for name, value in passed_on(metadata).items() if not name.startswith("ss_network_")}
+    base = of_edition(edition, None)
+    return {**base, **told, **{name: base[name] for name in ("modelspec.architecture", "modelspec.implementation")}}
+
+
 def of_layers(adapter: Adapter) -> dict[str, str]:
     """What the adapter is: its module, rank, alpha and what else sd-scripts would have to be told to make it."""
     ranks = Counter(layer.rank for layer in adapter if layer.rank)

@@ -15,6 +15,7 @@ from torch import Tensor
 from finetune import families
 from finetune.errors import Failure, Fault
 from finetune.export import merging, stream
+from finetune.export import metadata as headers
 from finetune.export.content import File
 from finetune.export.merged_folder import configure
 from finetune.export.reading import listed
@@ -35,7 +36,8 @@ def single_file(family: Family, path: Path, *, dtype: torch.dtype, metadata: Map
         raise Fault(f"{path}: there is something there already. Name another file.")
     unverified = path.with_name(f".unverified-{path.name}")
     try:
-        stream.write(unverified, _entries(family, dtype), {"format": "pt", **(metadata or {})})
+        told = {"format": "pt", **headers.of_whole(metadata or {}, family.edition())}
+        stream.write(unverified, _entries(family, dtype), told, hashed=("modelspec.hash_sha256",))
         verify_single_file(family, unverified)
         os.replace(unverified, path)
     finally:

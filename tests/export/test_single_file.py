@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import live
@@ -122,9 +123,14 @@ def test_half_precision(dtype: torch.dtype, tiny_models: dict[str, Path], tmp_pa
     change = layer.scaling[NAME] * layer.lora_B[NAME].weight @ layer.lora_A[NAME].weight
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         fused = file.get_tensor("conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight")
-        assert file.metadata() == {"format": "pt", **told}
+        header = file.metadata()
+        assert (header["format"], header["modelspec.title"]) == ("pt", "sks")
+        assert header["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
         assert {str(file.get_slice(name).get_dtype()) for name in file.keys()} == {stream.NAMES[dtype]}  # noqa: SIM118
     assert torch.equal(fused[: len(change)], (layer.base_layer.weight + change).to(dtype))
+    content = (tmp_path / "a.safetensors").read_bytes()
+    behind = content[8 + int.from_bytes(content[:8], "little") :]
+    assert header["modelspec.hash_sha256"] == "0x" + hashlib.sha256(behind).hexdigest()
 
 
 FUSED = "conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight"
