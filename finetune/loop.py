@@ -151,13 +151,13 @@ class Training:
         self.batches = Batches(data, order, model.objective.timesteps, accelerator.device)
         if train.gradient_checkpointing:
             _checkpoint_activations(family)
-        names = list(named(family, groups))
+        names = set(named(family, groups))
         asks = bool(loss.unmasked_prior) or any(i.example.taught and i.example.lesson is None for i in data.companions)
         sharding.require_no_questions(asks, accelerator)
         self.whole = sharding.Whole(family, accelerator)
         self.model, self.optimizer = sharding.prepare(model, optimizer, accelerator)
         own = dict(model.parts.named_parameters())  # other ones than before where they are shared out
-        self.parameters = {name: own[name] for name in names}
+        self.parameters = {name: parameter for name, parameter in own.items() if name in names}
         self.names = {parameter: name for name, parameter in self.parameters.items()}
         self.average = Average(self.parameters, train.ema, "cpu" if train.ema_on_cpu else None) if train.ema else None
         self.validation = Validation(self.batches, train.batch_size, accelerator)
@@ -260,7 +260,7 @@ class Training:
         early = self.in_backward
         completing: Completing = early.last_pass if early else nullcontext
         loss = _accumulate(self.model, self.batches, step, self.train, self.accelerator, completing)
-        norm = early.norm() if early else self._clip()
+        norm = early.norm(self.parameters.values()) if early else self._clip()
         torn = early is not None and len(early.optimizer.stepped) > 0
         _require_finite(loss, norm, step, self.batches, self.accelerator, torn)
         self.optimizer.step()
@@ -276,7 +276,7 @@ class Training:
 
     def _clip(self) -> float:
         """Clip the gradients; their norm before."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]  # in the order that FSDP compares them in
+        parameters = list(self.parameters.values())  # in the model's order, by which FSDP knows them
         norm = float(self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))
         return float(self.accelerator.reduce(torch.tensor(norm, device=self.accelerator.device), "mean"))  # NaN of any
 

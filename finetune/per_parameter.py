@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,9 +111,9 @@ class InBackward:
             if parameter.grad is not None:  # of an earlier pass alone
                 self._take(parameter)
 
-    def norm(self) -> float:
-        """Of the gradients of the last step."""
-        return float(get_total_norm([self.norms[p] for p in self.optimizer.own if p in self.norms]))
+    def norm(self, parameters: Iterable[nn.Parameter]) -> float:
+        """Of the gradients of the last step, added up in the order of the parameters."""
+        return float(get_total_norm([self.norms[p] for p in parameters if p in self.norms]))
 
     def _arrived(self, parameter: Tensor) -> None:
         if self.completing:

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from stopping import watched
+from stopping import at
 
 from finetune import cli, loop
 
@@ -32,5 +32,5 @@ if __name__ == "__main__":
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
     AcceleratorState.__init__ = believing  # type: ignore[method-assign]
-    loop.Training._step = watched  # type: ignore[method-assign]
+    loop.Training._step = at(int(sys.argv[1]))  # type: ignore[method-assign]
     cli.main(sys.argv[2:])

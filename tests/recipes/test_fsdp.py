@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sharded
+import stopping
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -55,8 +56,7 @@ def losses(run: Path) -> list[float]:
 def stopped_alone(words: list[str], step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train in this process, which takes two passes a step, up to a step."""
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", ["stopping.py", str(step)])
-        patch.setattr(loop.Training, "_step", sharded.watched)
+        patch.setattr(loop.Training, "_step", stopping.at(step))
         cli.main([*words, "--accumulation", "2", "--processes", "1", "--engine", "single"])
     assert stop.value.code == 75
 
