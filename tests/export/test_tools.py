@@ -156,6 +156,21 @@ class TestConvert:
         down = load_file(tmp_path / "b.safetensors")["unet.down_blocks.1.resnets.0.conv1.lora_A.weight"]
         assert down.shape == (4, 8, 3, 3)
 
+    def test_a_core_is_multiplied_in(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Tucker: the kernel stands in the core, between two factors without one."""
+        name = [*foreign.LAYERS["sd"]][2]
+        shapes = {"lora_down.weight": (3, 8, 1, 1), "lora_mid.weight": (3, 3, 3, 3), "lora_up.weight": (8, 3, 1, 1)}
+        half = {tensor: keys.normal(shape, 0, tensor) for tensor, shape in shapes.items()}
+        file = foreign.save(tmp_path / "a.safetensors", {f"{name}.{key}": tensor for key, tensor in half.items()})
+        words = ["convert", file, tmp_path / "b.safetensors", "--format", "kohya", "--to-lora", 3]
+        assert "with a core" in refused(capsys, *words[:4], "diffusers")
+        assert "above 3" in refused(capsys, *words[:-1], 4)
+        run(*words)
+        down, core, up = half.values()
+        wanted = torch.einsum("op,pqhw,qi->oihw", up.flatten(1), core, down.flatten(1)).flatten(1)
+        (made,) = changes(tmp_path / "b.safetensors").values()
+        assert off(wanted, made) < 1e-6
+
     def test_dora_is_baked_with_the_base_weights(
         self, tmp_path: Path, tiny_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
