@@ -15,9 +15,10 @@ from foreign import changes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune import cli, keys, weights
-from finetune.export import formats, tools
+from finetune import cli, export, families, keys, weights
+from finetune.export import compare, formats, tools
 from finetune.export.stream import Entry
+from finetune.families import Source
 
 
 def run(*words: object) -> None:
@@ -262,6 +263,25 @@ class TestMerge:
             "modelspec.trigger_phrase": "akk, bkk",
         }
         assert own["sources"] == [{"seed": 1}, {"seed": 2}] and own["tools"][0]["scale"] == [1.0, 1.0]
+
+    @pytest.mark.parametrize("form", ["kohya", "diffusers"])
+    def test_diffusers_predicts_the_same_with_one_file_as_with_both(
+        self, form: str, tmp_path: Path, tiny_models: dict[str, Path]
+    ) -> None:
+        one = foreign.lora(tmp_path / "a.safetensors", "sdxl", layers=[0, 1, 2])
+        two = foreign.lora(tmp_path / "b.safetensors", "sdxl", layers=[1, 2], seed=1, rank=3)
+        out = tmp_path / "c.safetensors"
+        run("merge", "--adapter", one, two, "--scale", -2, 5, "--output", out, "--format", form)
+        family = families.load(Source(str(tiny_models["sdxl"])))
+        base = compare.prediction(family)
+        for name, file in (("a", one), ("b", two)):
+            export.attach(family, file, name)
+        family.pipeline.set_adapters(["a", "b"], adapter_weights=[-2, 5])
+        both = compare.prediction(family)
+        export.attach(family, out, "c")
+        family.pipeline.set_adapters(["c"])
+        assert compare.difference(both, compare.prediction(family)) < 1e-5
+        assert compare.difference(both, base) > 1e-3, "the adapters act"
 
     def test_into_the_base(self, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
         base = tiny_models["sd"]
