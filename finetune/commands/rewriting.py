@@ -57,7 +57,7 @@ def rule(rank: int | None, energy: float | None) -> Rule:
     from finetune.export.remade import Rule
 
     if rank is not None and rank < 1:
-        raise Fault(f"--rank {rank}: at least 1; 4 to 64 is usual.")
+        raise Fault(f"rank {rank}: at least 1; 4 to 64 is usual.")
     if energy is not None and not 0 < energy <= 1:
         raise Fault(f"--energy {energy:g}: a share of the change, above 0 and at most 1, e.g. 0.95.")
     return Rule(rank, energy)

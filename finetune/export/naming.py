@@ -9,7 +9,7 @@ LEVEL = "text_model."
 
 def written(module: nn.Module, name: str) -> str:
     """The name that a parameter or layer of the module has in files."""
-    if type(module).__name__.startswith("CLIPText") and not name.startswith((LEVEL, "text_projection.")):
+    if type(module).__name__.startswith("CLIPText") and not name.startswith((LEVEL, "text_projection")):
         return LEVEL + name
     return name
 

@@ -69,7 +69,7 @@ class Rule:
         """Raises Fault for a rank that no layer can have, and when all is to be kept of what is in no factors."""
         most = max(one.most for one in wanted)
         if self.rank is not None and self.energy is None and self.rank > most:
-            raise Fault(f"--rank {self.rank}: no layer's change has a rank above {most}. Give at most that.")
+            raise Fault(f"rank {self.rank}: no layer's change has a rank above {most}. Give at most that.")
         whole = [one.name for one in wanted if one.rank is None]
         if whole and self == Rule():
             raise Fault(f"{whole[0]}: its change is no product of two thin matrices: give the rank to take, --rank.")

@@ -15,9 +15,10 @@ from foreign_layers import changes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune import cli, keys, weights
-from finetune.export import formats, tools
+from finetune import cli, export, families, keys, weights
+from finetune.export import compare, formats, tools
 from finetune.export.stream import Entry
+from finetune.families import Source
 
 
 def run(*words: object) -> None:
@@ -156,6 +157,21 @@ class TestConvert:
         down = load_file(tmp_path / "b.safetensors")["unet.down_blocks.1.resnets.0.conv1.lora_A.weight"]
         assert down.shape == (4, 8, 3, 3)
 
+    def test_a_core_is_multiplied_in(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Tucker: the kernel stands in the core, between two factors without one."""
+        name = [*foreign.LAYERS["sd"]][2]
+        shapes = {"lora_down.weight": (3, 8, 1, 1), "lora_mid.weight": (3, 3, 3, 3), "lora_up.weight": (8, 3, 1, 1)}
+        half = {tensor: keys.normal(shape, 0, tensor) for tensor, shape in shapes.items()}
+        file = foreign.save(tmp_path / "a.safetensors", {f"{name}.{key}": tensor for key, tensor in half.items()})
+        words = ["convert", file, tmp_path / "b.safetensors", "--format", "kohya", "--to-lora", 3]
+        assert "with a core" in refused(capsys, *words[:4], "diffusers")
+        assert "above 3" in refused(capsys, *words[:-1], 4)
+        run(*words)
+        down, core, up = half.values()
+        wanted = torch.einsum("op,pqhw,qi->oihw", up.flatten(1), core, down.flatten(1)).flatten(1)
+        (made,) = changes(tmp_path / "b.safetensors").values()
+        assert off(wanted, made) < 1e-6
+
     def test_dora_is_baked_with_the_base_weights(
         self, tmp_path: Path, tiny_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -247,6 +263,25 @@ class TestMerge:
             "modelspec.trigger_phrase": "akk, bkk",
         }
         assert own["sources"] == [{"seed": 1}, {"seed": 2}] and own["tools"][0]["scale"] == [1.0, 1.0]
+
+    @pytest.mark.parametrize("form", ["kohya", "diffusers"])
+    def test_diffusers_predicts_the_same_with_one_file_as_with_both(
+        self, form: str, tmp_path: Path, tiny_models: dict[str, Path]
+    ) -> None:
+        one = foreign.lora(tmp_path / "a.safetensors", "sdxl", layers=[0, 1, 2])
+        two = foreign.lora(tmp_path / "b.safetensors", "sdxl", layers=[1, 2], seed=1, rank=3)
+        out = tmp_path / "c.safetensors"
+        run("merge", "--adapter", one, two, "--scale", -2, 5, "--output", out, "--format", form)
+        family = families.load(Source(str(tiny_models["sdxl"])))
+        base = compare.prediction(family)
+        for name, file in (("a", one), ("b", two)):
+            export.attach(family, file, name)
+        family.pipeline.set_adapters(["a", "b"], adapter_weights=[-2, 5])
+        both = compare.prediction(family)
+        export.attach(family, out, "c")
+        family.pipeline.set_adapters(["c"])
+        assert compare.difference(both, compare.prediction(family)) < 1e-5
+        assert compare.difference(both, base) > 1e-3, "the adapters act"
 
     def test_into_the_base(self, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
         base = tiny_models["sd"]
