@@ -6,7 +6,7 @@
                                   diffusers model, unknown
     bytes, tensors                int
     parts                         {name: int}: an adapter's layers, a checkpoint's numbers, a model's bytes in each part
-    precisions                    {"fp16": int}: tensors of each
+    precisions                    {"fp16": int}: tensors of each, single numbers (alphas) left out
     metadata                      {name: str}: the header
     problems                      [str]: what is not understood of it
 
