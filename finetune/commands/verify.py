@@ -144,4 +144,7 @@ def _summary(report: Report) -> str:
 
 
 def _some(lines: list[str], most: int = SHOWN) -> list[str]:
-    return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])
+    from finetune.data.reading.pictures import printable
+
+    shown = [printable(line) for line in lines[:most]]
+    return shown + ([f"and {len(lines) - most} more"] if len(lines) > most else [])
