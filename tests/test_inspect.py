@@ -102,3 +102,11 @@ def test_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         with pytest.raises(SystemExit) as stop:
             cli.main(["inspect", str(path)])
         assert stop.value.code == 2 and str(path.name) in capsys.readouterr().err.replace("\n", "")
+
+
+def test_what_a_foreign_header_says_is_only_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither markup nor a terminal's commands are obeyed."""
+    save_file({"a": torch.zeros(3, 3, 3)}, tmp_path / "a.safetensors", {"[bold]x": "[/nothing] \x1b[2J\x1b[31mred"})
+    cli.main(["inspect", str(tmp_path / "a.safetensors")])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "[bold]x" in shown and "[/nothing]" in shown

@@ -190,3 +190,12 @@ def test_without_a_base_shapes_are_those_of_the_published_models(
     assert states["every layer fits the model"] == ("fails" if more else "holds")
     assert states["the header tells the base that the layers are for"] == "holds"
     assert status == (1 if more else 0), report
+
+
+def test_a_header_that_tells_another_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layer = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    tensors = {"lora_down.weight": torch.ones(2, 768), "lora_up.weight": torch.ones(640, 2), "alpha": torch.tensor(1.0)}
+    named = {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
+    save_file(named, tmp_path / "a.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
+    status, report = told(capsys, tmp_path / "a.safetensors")
+    assert status == 1 and "layers of such widths are for Stable Diffusion" in str(report["checks"])

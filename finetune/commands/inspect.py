@@ -6,7 +6,7 @@
                                   diffusers model, unknown
     bytes, tensors                int
     parts                         {name: int}: an adapter's layers, a checkpoint's numbers, a model's bytes in each part
-    precisions                    {"fp16": int}: tensors of each
+    precisions                    {"fp16": int}: tensors of each, single numbers (alphas) left out
     metadata                      {name: str}: the header
     problems                      [str]: what is not understood of it
 
@@ -121,20 +121,23 @@ def _rows(facts: dict[str, str]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
+    from finetune.data.reading.pictures import printable
+
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
         short = value if len(value) <= LONG else f"{value[:LONG]} ... ({len(value):,} characters)"
-        table.add_row(f"  {name}", Text(short, overflow="fold"))
+        table.add_row(Text(f"  {printable(name)}", overflow="fold"), Text(printable(short), overflow="fold"))
     return table
 
 
 def _bars(norms: list[dict[str, Any]]) -> RenderableType:
     from rich.table import Table
+    from rich.text import Text
 
     most = max((row["norm"] or 0.0 for row in norms), default=0.0) or 1.0
     table = Table.grid(padding=(0, 2))
     for row in norms:
         known = row["norm"] is not None
         bar = "█" * round(BAR * row["norm"] / most) if known else "needs the base"
-        table.add_row(f"  {row['block']}", str(row["layers"]), f"{row['norm']:.3g}" if known else "", bar)
+        table.add_row(Text(f"  {row['block']}"), str(row["layers"]), f"{row['norm']:.3g}" if known else "", bar)
     return table

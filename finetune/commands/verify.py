@@ -110,6 +110,7 @@ def _plain(report: Report) -> dict[str, Any]:
 
 def _text(report: Report) -> Iterator[RenderableType]:
     """The report for reading."""
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -119,7 +120,8 @@ def _text(report: Report) -> Iterator[RenderableType]:
         mark, style = MARKS[check.state]
         table.add_row(Text(mark, style), Text(check.title))
         for line in _some(check.lines):
-            table.add_row("", Text(f"  {line}", "dim" if check.state == "holds" else style, overflow="fold"))
+            shade = "dim" if check.state == "holds" else style
+            table.add_row("", Padding(Text(line, shade, overflow="fold"), (0, 0, 0, 2)))
     yield table
     yield Text("\nWhat each program makes of its names and alphas (* it is made for these):\n", "bold")
     table = Table.grid(padding=(0, 1))
@@ -142,4 +144,7 @@ def _summary(report: Report) -> str:
 
 
 def _some(lines: list[str], most: int = SHOWN) -> list[str]:
-    return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])
+    from finetune.data.reading.pictures import printable
+
+    shown = [printable(line) for line in lines[:most]]
+    return shown + ([f"and {len(lines) - most} more"] if len(lines) > most else [])

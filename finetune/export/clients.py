@@ -156,18 +156,15 @@ def _magnitudes(content: Content) -> list[Module]:
 
 
 def _scaled(content: Content) -> list[Module]:
-    """By diffusers' names, with an alpha in the header: other than the rank, as far as it can be seen there."""
-    told = content.metadata.get(diffusers.HEADER, "")
-    alphas, ranks = (re.findall(rf'"\w+\.{name}": ([\d.]+)', told) for name in ("lora_alpha", "r"))
-    same = [float(number) for number in alphas] == [float(number) for number in ranks]
-    return [] if same else [module for module in content if module.spelling in PEFT]
+    """By diffusers' names, with another alpha than the rank"""
+    return [m for m in content if m.spelling in PEFT and m.alpha not in (None, m.shapes["lora_down.weight"][0])]
 
 
 def _other_alphas(content: Content) -> list[Module]:
     """Not of the alpha that most in the part have, where diffusers takes that one for all."""
     wrong = []
     for part in {module.part for module in content}:
-        own = [module for module in content if module.part == part and module.alpha is not None]
+        own = [m for m in content if m.part == part and m.spelling in KOHYA and m.alpha is not None]
         counted = Counter(module.alpha for module in own)
         wrong += [module for module in own if module.alpha != counted.most_common(1)[0][0]]
     return [module for module in wrong if module.text or ATTENTION.fullmatch(module.path or "")]

@@ -17,7 +17,7 @@ from finetune.errors import Fault
 from finetune.export import formats, hashes
 from finetune.export import metadata as headers
 from finetune.export.change import MAGNITUDE
-from finetune.export.content import Adapter, File
+from finetune.export.content import Adapter, File, Layer
 from finetune.families import Source
 
 PARTS = {
@@ -49,7 +49,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         **told,
         "tensors": len(file.shapes),
-        "precisions": _precisions(file.dtypes.values()),
+        "precisions": _precisions(dtype for name, dtype in file.dtypes.items() if file.shapes[name]),
         "base": said.get("ss_sd_model_name") or own.get("model"),
         "base_version": said.get("ss_base_model_version"),
         "title": said.get("modelspec.title") or said.get("ss_output_name"),
@@ -89,12 +89,19 @@ def _norms(adapter: Adapter) -> list[dict[str, Any]]:
     for layer in adapter:
         found = BLOCK.match(layer.path)
         block = layer.part if layer.part.startswith("text") else f"{layer.part}.{found[0] if found else layer.path}"
-        size = None if MAGNITUDE in layer.shapes else float(layer.change().square().sum())
-        squares.setdefault(block, []).append(size)
+        squares.setdefault(block, []).append(None if MAGNITUDE in layer.shapes else _square(layer))
     return [
         {"block": block, "layers": len(sizes), "norm": None if None in sizes else sum(filter(None, sizes)) ** 0.5}
         for block, sizes in squares.items()
     ]
+
+
+def _square(layer: Layer) -> float:
+    """||change||^2; of B A it is tr(B'B AA'), two small products instead of a large one."""
+    if set(layer.shapes) != {"lora_down.weight", "lora_up.weight"}:
+        return float(layer.change().square().sum())
+    down, up = (layer.load(f"lora_{way}.weight").float().flatten(1) for way in ("down", "up"))
+    return layer.scale**2 * float(((up.T @ up) * (down @ down.T)).sum())
 
 
 def _no_adapter(file: File, fault: Fault) -> dict[str, Any]:

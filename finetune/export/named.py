@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from finetune.export import change
 from finetune.export.content import File
@@ -68,7 +69,8 @@ def modules(file: File) -> list[Module]:
     for key in file.shapes:
         name, spelling, tensor = _spelled(key)
         found.setdefault((name, spelling), {})[tensor] = key
-    return [_module(file, name, spelling, keys) for (name, spelling), keys in found.items()]
+    header = diffusers.fields(file)
+    return [_module(file, header, name, spelling, keys) for (name, spelling), keys in found.items()]
 
 
 def _spelled(key: str) -> tuple[str, str, str]:
@@ -84,11 +86,13 @@ def _spelled(key: str) -> tuple[str, str, str]:
     return key, "unknown", ""
 
 
-def _module(file: File, name: str, spelling: str, keys: dict[str, str]) -> Module:
+def _module(file: File, header: Mapping[str, Any], name: str, spelling: str, keys: dict[str, str]) -> Module:
     shapes = {tensor: file.shapes[key] for tensor, key in keys.items()}
     try:
         part, path = kohya.place(name) if spelling in KOHYA else diffusers.place(next(iter(keys.values())))[:2]
     except KeyError:
         return Module(name, spelling, None, None, keys, shapes)
     alpha = float(file.load(keys["alpha"])) if "alpha" in keys and not shapes["alpha"] else None
+    if spelling in PEFT:
+        alpha = diffusers.alpha(file, header, part, path, keys)
     return Module(name, spelling, part, path, keys, shapes, alpha)

@@ -59,9 +59,9 @@ def verify(path: Path, base: Family | None = None) -> Report:
     Raises Fault for a file that cannot be read, is no adapter's, or, without a base, could be for any.
     """
     file = File(path)
-    form, modules, whole = formats.format_of(path, file.shapes), named.modules(file), _whole(path)
-    adapter = formats.read(path) if whole.state == "holds" else Adapter(list(_layers(file, modules)), file.metadata)
-    family = type(base) if base else formats.known_family(replace(adapter, family=formats.family_of(adapter)))
+    form, modules = formats.format_of(path, file.shapes), named.modules(file)
+    adapter, whole = _read(file, modules)
+    family = type(base) if base else formats.known_family(adapter)
     expected, unknown = _expected(adapter, family, base)
     unfit = dict(_unfit(adapter, expected)) if expected else {}
     absent = frozenset(name for name, line in unfit.items() if line == ABSENT)
@@ -90,13 +90,14 @@ def _layers(file: File, modules: Iterable[Module]) -> Iterator[Layer]:
                 yield layer
 
 
-def _whole(path: Path) -> Check:
+def _read(file: File, modules: Iterable[Module]) -> tuple[Adapter, Check]:
+    """The adapter, or of a broken one those layers that are whole."""
     title = "every name is a layer's, every layer is whole"
     try:
-        formats.read(path)
+        return formats.read(file.path), Check(title, "holds")
     except Fault as fault:
-        return Check(title, "fails", fault.details or [fault.message])
-    return Check(title, "holds")
+        rest = Adapter(list(_layers(file, modules)), file.metadata)
+        return replace(rest, family=formats.family_of(rest)), Check(title, "fails", fault.details or [fault.message])
 
 
 def _finite(file: File) -> Check:
@@ -174,6 +175,10 @@ def _told(adapter: Adapter, family: type[Family], base: Family | None) -> Check:
     real = base.edition() if base else family.published.edition({}, formats.text_width(adapter))
     if not version:
         return Check(title, "open", ["it tells none (ss_base_model_version)"])
+    width = formats.text_width(adapter)
+    owners = [other for other in families.FAMILIES.values() if width in other.published.widths]
+    if base is None and owners and family not in owners:
+        return Check(title, "fails", [f"it says {version}; layers of such widths are for {owners[0].title}"])
     widths = [edition.width for edition in family.published.editions if edition.version == version]
     fits = version.startswith(family.published.versions) and widths in ([], [real.width])
     return Check(title, "holds" if fits else "fails", [] if fits else [f"it says {version}, where {real.title} it is"])

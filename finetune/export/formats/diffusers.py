@@ -52,8 +52,8 @@ def read(file: File) -> Adapter:
         modules.setdefault((part, path), {})[tensor] = key
     if wrong:
         raise Fault(f"{file.path}: {len(wrong)} of its names are not understood:", wrong)
-    told = _fields(file)
-    layers = [file.layer(*place, keys, _alpha(file, told, *place, keys)) for place, keys in modules.items()]
+    told = fields(file)
+    layers = [file.layer(*place, keys, alpha(file, told, *place, keys)) for place, keys in modules.items()]
     return Adapter(layers, file.metadata)
 
 
@@ -122,7 +122,8 @@ def place(key: str) -> tuple[str, str, str]:
     return part, path, tensor
 
 
-def _fields(file: File) -> dict[str, Any]:
+def fields(file: File) -> dict[str, Any]:
+    """What the header says of alphas. Raises Fault when it cannot be read."""
     try:
         fields = json.loads(file.metadata.get(HEADER, "{}"))
         return dict(fields)
@@ -130,15 +131,15 @@ def _fields(file: File) -> dict[str, Any]:
         raise Fault(f"{file.path}: its header's {HEADER} cannot be read ({error}).") from error
 
 
-def _alpha(file: File, told: Mapping[str, Any], part: str, path: str, keys: Mapping[str, str]) -> float | None:
+def alpha(file: File, told: Mapping[str, Any], part: str, path: str, keys: Mapping[str, str]) -> float | None:
     """As PEFT takes it: by the pattern that fits the end of the layer's name, else the one for all."""
     if f"{part}.lora_alpha" not in told or "lora_down.weight" not in keys:
         return None
     patterns: Mapping[str, float] = told.get(f"{part}.alpha_pattern") or {}
-    own = next((alpha for end, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({end})", path)), None)
-    alpha = float(told[f"{part}.lora_alpha"] if own is None else own)
+    own = next((value for end, value in patterns.items() if re.fullmatch(rf"(.*\.)?({end})", path)), None)
+    found = float(told[f"{part}.lora_alpha"] if own is None else own)
     rank = file.shapes[keys["lora_down.weight"]][0]
-    return alpha * rank**0.5 if told.get(f"{part}.use_rslora") else alpha
+    return found * rank**0.5 if told.get(f"{part}.use_rslora") else found
 
 
 def _tidy(alpha: float) -> float | int:
