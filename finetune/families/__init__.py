@@ -5,7 +5,6 @@ Adding one: write its file, add its line to `FAMILIES` (see CONTRIBUTING.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ __all__ = [
     "Source",
     "denoiser",
     "freeze",
+    "known",
     "load",
     "modules",
     "release",
@@ -41,7 +41,9 @@ FAMILIES: dict[str, type[Family]] = {
 
 def wrap(pipeline: DiffusionPipeline) -> Family:
     """The family of a pipeline that is in memory already."""
-    return _family(type(pipeline).__name__)(pipeline)
+    made: Any = known(type(pipeline).__name__)
+    family: Family = made(pipeline)
+    return family
 
 
 def load(source: Source, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Family:
@@ -49,7 +51,7 @@ def load(source: Source, dtype: torch.dtype = torch.float32, device: torch.devic
 
     Raises Fault when it cannot be found or read, is of an unknown family, or holds NaN or infinite weights.
     """
-    _family(source.pipeline_class())
+    known(source.pipeline_class())
     family = wrap(source.load(dtype).to(device))
     freeze(family)
     return family
@@ -73,10 +75,10 @@ def restore(family: Family, source: Source, dtype: torch.dtype = torch.float32) 
             fresh.components[name].requires_grad_(False).eval()
 
 
-def _family(pipeline_class: str) -> Callable[[DiffusionPipeline], Family]:
+def known(pipeline_class: str) -> type[Family]:
+    """The family of pipelines of this class. Raises Fault for those that are of none."""
     try:
-        made: Any = FAMILIES[pipeline_class]
-        return made
+        return FAMILIES[pipeline_class]
     except KeyError:
         raise Fault(
             f"the model is a {pipeline_class}, which this version cannot train. Known are: {', '.join(FAMILIES)}."
