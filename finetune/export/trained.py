@@ -60,7 +60,8 @@ class Trained:
     def family(self, base: Source | None) -> type[Family]:
         """Of the base, or what the adapter's file says. Raises Fault when these differ, or where there is neither."""
         if base is None:
-            assert self.adapter is not None
+            if self.adapter is None:
+                raise Fault(f"{self.run}: its settings do not say which base it was trained from. Name it: --model.")
             return formats.known_family(self.adapter)
         own = base.pipeline_class()
         if self.adapter is not None and self.adapter.family not in (None, own):

@@ -283,3 +283,6 @@ def test_another_base_than_the_runs_is_noticed(
     asked = ["--format", "kohya", "--output", tmp_path / "out"]
     assert f"{base}: not the model that {moved} was trained from any more" in refused(capsys, moved, *asked)
     run(moved, *asked, "--model", tiny_models["sd"])
+    (moved / "settings.toml").write_text("[adapter]\nrank = 4\n")
+    asked += ["--step", "last"]
+    assert "do not say which base it was trained from" in refused(capsys, moved, *asked)
