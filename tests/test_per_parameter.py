@@ -230,7 +230,7 @@ BF16, EARLY = Full(weights="bf16"), Full(optimizer_in_backward=True)
     [
         (EARLY, Optim(max_grad_norm=0), Train(), Engine(2, "MULTI_GPU"), "2 processes average their gradients"),
         (EARLY, Optim(max_grad_norm=0), Train(precision="fp16"), Engine(), "--precision bf16 or fp32"),
-        (EARLY, Optim(max_grad_norm=0), Train(), Engine(1, "DEEPSPEED"), "DEEPSPEED holds and steps the weights"),
+        (EARLY, Optim(max_grad_norm=0), Train(), Engine(1, "DEEPSPEED"), "DeepSpeed holds and steps the weights"),
         (BF16, Optim(), Train(precision="bf16"), Engine(2, "FSDP"), "FSDP holds and steps the weights"),
         (BF16, Optim(), Train(precision="fp16"), Engine(), "--weights bf16 --precision fp16.*--precision bf16"),
     ],

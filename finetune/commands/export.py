@@ -63,7 +63,6 @@ def main(config: Config) -> None:
     forms = _forms(config, found, source)
     targets = _targets(config, found, forms)
     loaded = trained.load(found, source)
-    forms = _suiting(config, loaded, forms)
     for form in forms:
         _write(loaded, form, targets[form], config.dtype)
     print(f"{config.source}: {found.said}, written in {config.dtype}, loaded back and found equal:")
@@ -85,28 +84,40 @@ def _base(config: Config, found: Trained) -> Source | None:
 
 
 def _forms(config: Config, found: Trained, source: Source | None) -> list[str]:
-    """The formats that are asked for, in their order. Raises Fault for those that cannot be had."""
+    """The formats that are asked for, in their order; `all` leaves out those that do not apply, and says why."""
     if not config.format:
         raise Fault(f"--format: which? {', '.join(FILES)} or all.")
-    if "all" in config.format:
-        whole = source is not None
-        if not whole:
-            print("merged, single-file: not written, as they need the base: --model.")
-        return [form for form in FILES if (found.adapts if form in ADAPTERS else whole)]
-    forms: list[str] = [form for form in FILES if form in config.format]
-    for form in forms:
-        if form in ADAPTERS and not found.adapts:
-            raise Fault(
-                f"--format {form}: {config.source} holds a whole model, no adapter. Take merged or single-file."
-            )
-        if form not in ADAPTERS and source is None:
-            raise Fault(f"--format {form}: a whole model is made of the adapter and its base. Name the base: --model.")
+    forms, every = [], "all" in config.format
+    for form in FILES:
+        if every or form in config.format:
+            why = _refusal(form, found, source)
+            if why is None:
+                forms.append(form)
+            elif not every:
+                raise Fault(f"--format {form}: {why}")
+            else:
+                print(f"{form}: not written: {why}")
     return forms
+
+
+def _refusal(form: str, found: Trained, source: Source | None) -> str | None:
+    """Why a format cannot be had."""
+    from finetune.export import formats
+
+    family = found.family(source)
+    if form not in ADAPTERS:
+        return None if source is not None else "a whole model needs the adapter's base. Name it: --model."
+    if not found.adapts:
+        return "this is a whole model, no adapter. Take merged or single-file."
+    refused = formats.refused(found.adapter, form, family) if found.adapter is not None else None
+    return None if refused is None else refused.message
 
 
 def _targets(config: Config, found: Trained, forms: list[str]) -> dict[str, Path]:
     if config.output.exists() and not config.output.is_dir():
         raise Fault(f"{config.output}: a file, where --output names a folder.")
+    if config.name is not None and Path(config.name).name != config.name:
+        raise Fault(f"--name {config.name}: a name without a folder; --output names the folder.")
     targets = {form: config.output / FILES[form].format(config.name or found.name) for form in forms}
     if there := [str(path) for path in targets.values() if path.exists()]:
         raise Fault("something is there already, and is not written over. Name another --output or --name.", there)
@@ -115,25 +126,6 @@ def _targets(config: Config, found: Trained, forms: list[str]) -> dict[str, Path
     except OSError as error:
         raise Fault(f"{config.output}: cannot be made ({error.strerror}). Name another --output.") from error
     return targets
-
-
-def _suiting(config: Config, loaded: Loaded, forms: list[str]) -> list[str]:
-    """Without the formats that have no place for the adapter's kind. Raises Fault when they were asked for by name."""
-    from finetune.export import formats
-
-    if loaded.adapter is None:
-        return forms
-    family = type(loaded.family) if loaded.family is not None else formats.known_family(loaded.adapter)
-    suiting = []
-    for form in forms:
-        refused = formats.refused(loaded.adapter, form, family) if form in ADAPTERS else None
-        if refused is None:
-            suiting.append(form)
-        elif "all" not in config.format:
-            raise refused
-        else:
-            print(f"{form}: not written: {refused.message}")
-    return suiting
 
 
 def _write(loaded: Loaded, form: str, path: Path, precision: str) -> None:

@@ -62,7 +62,7 @@ class BaseWeights:
     def __init__(self, source: Source) -> None:
         """Reads headers alone. Raises Fault when the model is of no known family, or cannot be found or read."""
         self.title = source.model
-        self.family: type[Family] = families.named(source.pipeline_class())
+        self.family: type[Family] = families.known(source.pipeline_class())
         self._parts = (self.family.denoiser_name, *self.family.text_encoder_names)
         self._places = dict(_in_file(source.file) if source.file else self._in_folder(source.local(self._parts)))
         self.shapes = {name: place.shape for name, place in self._places.items()}

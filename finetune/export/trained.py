@@ -34,6 +34,8 @@ class Trained:
     """What its files are called after."""
     file: Path | None = None
     """An adapter file."""
+    adapter: Adapter | None = None
+    """What the file holds."""
     folder: Path | None = None
     """A diffusers folder of a whole model."""
     checkpoint: Path | None = None
@@ -53,6 +55,17 @@ class Trained:
     def adapts(self) -> bool:
         """Whether it is an adapter; else it is a whole model."""
         return self.file is not None or (self.checkpoint is not None and "adapter" in self.settings)
+
+    def family(self, base: Source | None) -> type[Family]:
+        """Of the base, or what the adapter's file says. Raises Fault when these differ, or where there is neither."""
+        if base is None:
+            if self.adapter is None:
+                raise Fault(f"{self.run}: its settings do not say which base it was trained from. Name it: --model.")
+            return formats.known_family(self.adapter)
+        own = base.pipeline_class()
+        if self.adapter is not None and self.adapter.family not in (None, own):
+            raise Fault(f"{self.file}: an adapter for {self.adapter.family}; {base.model} is a {own}.")
+        return families.known(own)
 
     def base(self) -> Source | None:
         """The model that it was trained from. Raises Fault when that lies on this machine and is another one now."""
@@ -93,7 +106,7 @@ def find(place: Path, step: str | None = None) -> Trained:
     if step is not None and not run:
         raise Fault(f"--step {step}: {place} is no run's folder, and only a run has checkpoints.")
     if place.is_file():
-        return Trained(place.stem, file=place)
+        return Trained(place.stem, file=place, adapter=formats.read(place))
     if not run:
         if (place / "model_index.json").is_file():
             return Trained(place.resolve().name, folder=place)
@@ -103,7 +116,7 @@ def find(place: Path, step: str | None = None) -> Trained:
     name, settings = place.resolve().name, config.tables(place / ledger.SETTINGS)
     file, folder = place / "adapter.safetensors", place / "model"
     if step is None and file.is_file():
-        return Trained(name, file=file, run=place, settings=settings)
+        return Trained(name, file=file, adapter=formats.read(file), run=place, settings=settings)
     if step is None and folder.is_dir():
         return Trained(name, folder=folder, run=place, settings=settings)
     checkpoint = _checkpoint(place, step or "last")
@@ -117,12 +130,10 @@ def load(trained: Trained, source: Source | None) -> Loaded:
     if trained.file is None:
         family = families.load(source or Source(str(trained.folder)))
         return Loaded(None, family, False, metadata.of_run(family, trained.settings, None))
-    adapter = formats.read(trained.file)
+    adapter = trained.adapter or formats.read(trained.file)
     told = metadata.passed_on(adapter.metadata)
     if source is None:
         return Loaded(adapter, None, False, told)
-    if adapter.family not in (None, own := source.pipeline_class()):
-        raise Fault(f"{trained.file}: an adapter for {adapter.family}; {source.model} is a {own}.")
     family = families.load(source)
     carries = put_on(family, adapter, trained.file)
     return Loaded(adapter, family, carries, told)
@@ -169,14 +180,17 @@ def _checkpoint(run: Path, step: str) -> Path:
     newest, _ = checkpoints.newest(run)
     if newest is None:
         raise Fault(f"{run}: nothing to export yet: the run has no whole checkpoint. Go on with it: --resume.")
-    steps = [each for each in checkpoints.steps(run) if checkpoints.is_whole(run / checkpoints.name(each))]
+    steps = checkpoints.steps(run)
     best = best_step(newest.state["training"]["validations"], steps)
     if step == "best" and best is None:
         raise Fault(f"{run}: --step best: no loss on held-out pictures was measured (--validation 0.2 in training).")
     asked = {"last": newest.step, "best": best}.get(step, int(step) if step.isdecimal() else None)
     if asked is None or asked not in steps:
         raise Fault(f"{run}: --step {step}: there are checkpoints of {', '.join(map(str, steps))}, best and last.")
-    return run / checkpoints.name(asked)
+    found = run / checkpoints.name(asked)
+    if asked != newest.step and not checkpoints.is_whole(found):
+        raise Fault(f"{found}: a broken checkpoint. Take another one: {', '.join(map(str, steps))}.")
+    return found
 
 
 def _load_state(trained: Trained, path: Path, source: Source | None) -> Loaded:

@@ -23,9 +23,9 @@ __all__ = [
     "Source",
     "denoiser",
     "freeze",
+    "known",
     "load",
     "modules",
-    "named",
     "release",
     "restore",
     "text_encoders",
@@ -41,8 +41,9 @@ FAMILIES: dict[str, type[Family]] = {
 
 def wrap(pipeline: DiffusionPipeline) -> Family:
     """The family of a pipeline that is in memory already."""
-    made: Any = named(type(pipeline).__name__)
-    return made(pipeline)
+    made: Any = known(type(pipeline).__name__)
+    family: Family = made(pipeline)
+    return family
 
 
 def load(source: Source, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Family:
@@ -50,7 +51,7 @@ def load(source: Source, dtype: torch.dtype = torch.float32, device: torch.devic
 
     Raises Fault when it cannot be found or read, is of an unknown family, or holds NaN or infinite weights.
     """
-    named(source.pipeline_class())
+    known(source.pipeline_class())
     family = wrap(source.load(dtype).to(device))
     freeze(family)
     return family
@@ -74,8 +75,8 @@ def restore(family: Family, source: Source, dtype: torch.dtype = torch.float32) 
             fresh.components[name].requires_grad_(False).eval()
 
 
-def named(pipeline_class: str) -> type[Family]:
-    """The family of pipelines of this class. Raises Fault when there is none."""
+def known(pipeline_class: str) -> type[Family]:
+    """The family of pipelines of this class. Raises Fault for those that are of none."""
     try:
         return FAMILIES[pipeline_class]
     except KeyError:

@@ -181,7 +181,7 @@ def test_an_adapter_file_without_and_with_its_base(
     file = runs["lora"] / "adapter.safetensors"
     run(file, "--format", "all", "--dtype", "fp32", "--output", tmp_path, "--name", "there")
     assert list(written(tmp_path, "there")) == ["diffusers", "kohya"]
-    assert "need the base: --model" in capsys.readouterr().out
+    assert "single-file: not written: a whole model needs the adapter's base" in capsys.readouterr().out
     there = written(tmp_path, "there")["kohya"]
     run(there, "--format", "diffusers", "--dtype", "fp32", "--output", tmp_path, "--name", "back")
     expected, found = load_file(file), load_file(tmp_path / "back-diffusers.safetensors")
@@ -246,14 +246,20 @@ def test_wrong_input(
     assert "no run: it has no settings.toml" in refused(capsys, tmp_path / "empty", "--format", "kohya", *out)
     assert "there is no such file or folder" in refused(capsys, tmp_path / "nothing", "--format", "kohya", *out)
     assert "civitai" in refused(capsys, file, "--format", "civitai", *out)
-    assert "Name the base: --model" in refused(capsys, file, "--format", "single-file", *out)
+    assert "a whole model needs the adapter's base. Name it: --model" in refused(
+        capsys, file, "--format", "single-file", *out
+    )
     assert "only a run has checkpoints" in refused(capsys, file, "--step", "2", "--format", "kohya", *out)
-    assert "holds a whole model, no adapter" in refused(capsys, runs["dreambooth"], "--format", "kohya", *out)
+    assert "this is a whole model, no adapter" in refused(capsys, runs["dreambooth"], "--format", "kohya", *out)
     other = ["--model", tiny_models["sd"], "--format", "merged", *out]
     assert "an adapter for StableDiffusionXLPipeline" in refused(capsys, file, *other)
     assert "is a whole model itself" in refused(capsys, runs["dreambooth"], *other)
     assert "go with --model" in refused(capsys, runs["lora"], "--revision", "main", "--format", "kohya", *out)
-    assert not list((tmp_path / "out").glob("*"))
+    assert "a name without a folder" in refused(capsys, file, "--format", "kohya", "--name", "a/b", *out)
+    whole = tmp_path / "whole.safetensors"
+    save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, whole)
+    assert "no adapter in a format that is known" in refused(capsys, whole, "--format", "kohya", *out)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_there_is_not_written_over(
@@ -277,3 +283,6 @@ def test_another_base_than_the_runs_is_noticed(
     asked = ["--format", "kohya", "--output", tmp_path / "out"]
     assert f"{base}: not the model that {moved} was trained from any more" in refused(capsys, moved, *asked)
     run(moved, *asked, "--model", tiny_models["sd"])
+    (moved / "settings.toml").write_text("[adapter]\nrank = 4\n")
+    asked += ["--step", "last"]
+    assert "do not say which base it was trained from" in refused(capsys, moved, *asked)
