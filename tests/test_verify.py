@@ -124,7 +124,7 @@ def test_an_adapter_for_another_family(
 
 
 @pytest.mark.parametrize(
-    ("how", "advice"), [({"form": "loha"}, "--to-lora"), ({"layers": "locon", "alphas": "each"}, "--format diffusers")]
+    ("how", "advice"), [({"form": "loha"}, "--to-lora RANK`"), ({"layers": "locon", "alphas": "each"}, "")]
 )
 def test_what_diffusers_cannot_load_is_refused_with_what_to_do(
     how: dict[str, str],
@@ -135,7 +135,9 @@ def test_what_diffusers_cannot_load_is_refused_with_what_to_do(
 ) -> None:
     file = foreign.write(tiny_models["sd"], tmp_path / "a.safetensors", **how)
     assert draw(tiny_models["sd"], file, tmp_path) == 2
-    assert f"finetune convert {advice}" in capsys.readouterr().err.replace("\n", " ")
+    assert f"finetune convert FILE OUT --format diffusers {advice}".strip() in capsys.readouterr().err.replace(
+        "\n", " "
+    )
 
 
 def test_loha_is_tried_by_its_formula(

@@ -143,7 +143,7 @@ def _explain(path: Path) -> None:
     if native := sorted({layer.title for layer in layers if layer.kind != "lora" or "lora_mid.weight" in layer.shapes}):
         raise Fault(
             f"{path}: its layers are {', '.join(native)}, where diffusers loads plain LoRA on these models. "
-            "`finetune convert --to-lora` makes one of it."
+            "`finetune convert FILE OUT --format diffusers --to-lora RANK` makes one of it."
         )
 
 
@@ -159,7 +159,7 @@ def _require_same(family: Family, path: Path, adapter: str) -> None:
         raise Fault(
             f"{path}: diffusers makes another change of {len(wrong)} of its {len(told.layers)} layers than the file "
             "says (it takes one alpha for all, and leaves DoRA's magnitude out by kohya's names). `finetune convert "
-            "--format diffusers` writes it so that it does not.",
+            "FILE OUT --format diffusers` writes it so that it does not.",
             listed(wrong),
         )
 
