@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune import provenance
-from finetune.export.metadata import OWN, own
+from finetune.export.metadata import OWN, own, passed_on
 
-PREFIXES = ("ss_", "modelspec.")
-STALE = ("modelspec.hash_sha256", "modelspec.thumbnail")
-"""Of the old file's tensors. (`sshs_model_hash` and `sshs_legacy_hash` have another prefix, and go too.)"""
-NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
-"""Of the old layers' kind and rank."""
+STALE = ("modelspec.thumbnail", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+"""Of the old layers. What is written tells of its own."""
 TITLES = {"modelspec.title": "modelspec.merged_from", "modelspec.trigger_phrase": "modelspec.trigger_phrase"}
 """Where several files say different things, both are of use."""
 
@@ -24,13 +21,12 @@ def carried_metadata(
     alike, and our own table.
 
     `pipeline`: the class that the adapter is for. `tool`: what was done, added to our table's `tools`. `remade`: the
-    layers are of another rank or kind, so what the headers say of these is left out. Hashes are never carried over.
+    layers are of another rank or kind, so what our table says of these is left out. Hashes are never carried over.
     """
-    left_out = {*STALE, *(NETWORK if remade else ())}
     kept = {
         key: value
-        for key, value in sources[0].items()
-        if key.startswith(PREFIXES) and key not in left_out and all(other.get(key) == value for other in sources[1:])
+        for key, value in passed_on(sources[0]).items()
+        if key not in STALE and all(other.get(key) == value for other in sources[1:])
     }
     for key, joint in TITLES.items():
         told = list(dict.fromkeys(source[key] for source in sources if source.get(key)))

@@ -30,6 +30,8 @@ ORIGINAL = "https://github.com/Stability-AI/generative-models"
 """`modelspec.implementation` of whole checkpoints with the original names"""
 FREE_TEXTS = ("title", "author", "license", "description")
 """Settings that go into ModelSpec's fields of these names as they are"""
+KNOWN = ("modelspec.", "ss_", OWN)
+"""What headers' fields begin with that anybody reads. Others may hold anything: they are passed on to nobody."""
 UNIQUE = ("lora_adapter_metadata", *hashes.BLANKS)
 """What belongs to one file and its names and bytes, and is never passed on to another."""
 
@@ -138,8 +140,8 @@ def date(now: datetime | None = None) -> dict[str, str]:
 
 
 def passed_on(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What of a file's header is still true of another file with the same adapter."""
-    return {name: value for name, value in metadata.items() if name not in UNIQUE}
+    """What of a file's header is still true of another file with the same adapter, in words that are known."""
+    return {name: value for name, value in metadata.items() if name.startswith(KNOWN) and name not in UNIQUE}
 
 
 def own(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import live
 import numpy as np
@@ -158,9 +159,9 @@ def test_a_planted_corruption_is_found_and_nothing_is_left(
     family, write = live.adapted(tiny_models["sdxl"], text=True), stream.write
     before = live.state(family)
 
-    def corrupted(path: Path, entries: dict[str, stream.Entry], metadata: dict[str, str]) -> None:
+    def corrupted(path: Path, entries: dict[str, stream.Entry], *given: Any, **named: Any) -> None:
         plant(entries, how)
-        write(path, entries, metadata)
+        write(path, entries, *given, **named)
 
     monkeypatch.setattr(stream, "write", corrupted)
     with pytest.raises(Failure, match="does not load back"):
