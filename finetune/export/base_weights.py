@@ -14,23 +14,15 @@ from finetune import families, weights
 from finetune.errors import Fault
 from finetune.export.content import File
 from finetune.export.naming import LEVEL
-from finetune.families import Family, Source, original
+from finetune.families import Family, Source, checkpoint, original
 from finetune.families.original import Layout
 from finetune.families.source import STEMS
 
-UNET = "model.diffusion_model."
 CLIP = {"cond_stage_model.transformer.": "text_encoder", "conditioner.embedders.0.transformer.": "text_encoder"}
 OPEN_CLIP = {"cond_stage_model.model.": "text_encoder", "conditioner.embedders.1.model.": "text_encoder_2"}
 """Where the parts are in a single file (CompVis ldm, Stability AI sgm)."""
-OPEN_CLIP_LAYERS = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-                    "attn.out_proj": "self_attn.out_proj"}  # fmt: skip
-OPEN_CLIP_ENDS = {
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "text_projection": "text_projection.weight",
-}
+OPEN_CLIP_LAYERS = {theirs: ours for ours, theirs in checkpoint.OPEN_CLIP_LAYERS.items()}
+OPEN_CLIP_ENDS = {theirs: ours for ours, theirs in checkpoint.OPEN_CLIP.items()}
 
 
 @dataclass(frozen=True)
@@ -103,8 +95,8 @@ def _files(folder: Path) -> list[Path]:
 def _in_file(path: Path) -> Iterator[tuple[str, Place]]:
     file = File(path)
     for key in file.shapes:
-        if key.startswith(UNET):
-            layer, _, leaf = key.removeprefix(UNET).rpartition(".")
+        if key.startswith(checkpoint.UNET):
+            layer, _, leaf = key.removeprefix(checkpoint.UNET).rpartition(".")
             try:
                 yield f"unet.{original.read(layer, Layout(frozenset()))}.{leaf}", Place(file, key)
             except KeyError as error:
