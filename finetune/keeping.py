@@ -28,6 +28,7 @@ FREE = frozenset({
     *("save_every", "checkpoint_every", "keep_last", "keep_every", "on_nan", "ema_on_cpu", "validate_every"),
     *("optimizer_in_backward", "gradient_checkpointing"),
     *("sample_every", "sample_prompts", "sample_steps", "sample_guidance"),
+    *("title", "author", "license", "description", "tags", "tell_captions"),
 })  # fmt: skip
 """Settings that may change between a checkpoint and what goes on from it: nothing that is trained follows from them.
 

@@ -21,8 +21,9 @@ TRAINING = (
     *("prior", "class_images", "prior_weight", "class_steps", "class_guidance"),
     *("rank", "alpha", "dropout", "lr", "text_encoder_lr", "optimizer", "schedule", "warmup", "weight_decay"),
     *("max_grad_norm", "steps", "batch_size", "accumulation", "precision", "seed", "min_snr_gamma"),
-    *("gradient_checkpointing", "debiased", "error", "huber_delta", "noise_offset", "input_perturbation"),
-    *("zero_terminal_snr", "timesteps", "logit_mean", "logit_std", "timestep_shift"),
+    *("gradient_checkpointing", "trigger", "template", "title", "author", "license", "description", "tags"),
+    *("ema", "debiased", "error", "huber_delta", "noise_offset", "input_perturbation", "zero_terminal_snr"),
+    *("timesteps", "logit_mean", "logit_std", "timestep_shift", "tag_dropout", "caption_dropout", "crop", "buckets"),
 )
 """Settings of a run, by their names in `finetune.settings`."""
 PICTURE = (
@@ -37,10 +38,10 @@ def public(settings: Mapping[str, Any], allowed: tuple[str, ...] = TRAINING) -> 
 
     A model keeps its name when that is `toybox` or a hub name, and is `local` when it is a folder or file.
     """
-    told = {name: value for name, value in _leaves(settings) if name in allowed and value is not None}
+    told = {name: value for name, value in leaves(settings) if name in allowed and value is not None}
     if "model" in told:
         told["model"] = public_model(str(told["model"]))
-    return {name: told[name] for name in sorted(told) if isinstance(told[name], str | int | float | bool)}
+    return {name: told[name] for name in sorted(told) if _plain(told[name])}
 
 
 def public_model(name: str) -> str:
@@ -62,9 +63,17 @@ def software() -> str:
         return "finetune"
 
 
-def _leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The settings by name, groups opened."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value)
+            yield from leaves(value)
         else:
             yield str(name), value
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is text or number, or a list of such."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(isinstance(one, str | int | float) for one in value)
+    return isinstance(value, str | int | float)

@@ -323,3 +323,16 @@ class Output:
     """Go on although settings, base or data are not those that the checkpoint was made with."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where the curves go besides `log.jsonl`."""
+    title: str | None = None
+    """What the trained file is called in its header, which clients show. Default: after its trigger."""
+    author: str | None = None
+    """Whom its header names."""
+    license: str | None = None
+    """Its licence, for the header."""
+    description: str | None = None
+    """A sentence on it, for the header."""
+    tags: tuple[str, ...] = ()
+    """Words that it is found by, for the header."""
+    tell_captions: bool = False
+    """Tell in the header how often each tag of the captions occurs, which clients suggest words from. Captions may be
+    private, so only on request."""

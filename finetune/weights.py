@@ -69,6 +69,14 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
     return entries, metadata, path.stat().st_size - size
 
 
+def header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """A file's bytes up to its tensors: type, shape and place of each, and the metadata, sorted."""
+    header = {"__metadata__": dict(sorted(metadata.items()))} | dict(entries) if metadata else dict(entries)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return struct.pack("<Q", len(text)) + text
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, on the CPU. The file is checked first; NaN and infinite values are refused."""
     import safetensors.torch
@@ -269,11 +277,7 @@ def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> l
         {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     )
     length = struct.unpack("<Q", whole[:8])[0]
-    header = json.loads(whole[8 : 8 + length])
-    header = {"__metadata__": dict(sorted(metadata.items()))} | header if metadata else header
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
-    text += b" " * (-len(text) % 8)  # tensors stay aligned
-    return [struct.pack("<Q", len(text)), text, memoryview(whole)[8 + length :]]
+    return [header_bytes(json.loads(whole[8 : 8 + length]), metadata), memoryview(whole)[8 + length :]]
 
 
 def _write_whole(path: Path, parts: list[bytes | memoryview]) -> None:

@@ -76,7 +76,8 @@ def main(config: Config) -> None:
         if ft.due(step, config.train.save_every) and step < config.train.steps:
             with training.settled():
                 if run.leads:
-                    ft.export.adapter(family, run.folder / f"adapter-{step:06d}.safetensors", settings=run.settings)
+                    file = run.folder / f"adapter-{step:06d}.safetensors"
+                    ft.export.adapter(family, file, settings=run.settings, examples=examples)
         if ft.due(step, config.samples.sample_every):
             with training.settled():
                 ft.preview(run, family, source, config.samples, prompts, max(sides), step)
@@ -84,5 +85,5 @@ def main(config: Config) -> None:
     # Written, loaded back and compared with the live model before it counts as done.
     if run.leads:
         file = run.folder / "adapter.safetensors"
-        ft.export.adapter(family, file, settings=run.settings)
+        ft.export.adapter(family, file, settings=run.settings, examples=examples)
         run.finish(f'finetune generate --model {source.model} --adapter {file} --prompt "{prompts[0]}"')

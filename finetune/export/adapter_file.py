@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +13,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from finetune import families, provenance
+from finetune import families
 from finetune.adapters import NAME
+from finetune.data.examples import Example
 from finetune.errors import Failure, Fault
 from finetune.export import formats
+from finetune.export import metadata as headers
 from finetune.export.carried import carried
 from finetune.export.compare import REPEATED, coarsest, difference, encoding, other_changes, prediction
 from finetune.export.content import File
@@ -34,22 +36,22 @@ def adapter(
     settings: Mapping[str, Any],
     form: str = "diffusers",
     dtype: torch.dtype | None = None,
+    examples: Sequence[Example] = (),
 ) -> None:
     """Write the live adapter, verified; the same adapter and settings give the same bytes.
 
     `form`: one of `formats.FORMATS`. `dtype`: by default the precision that it trained in. The header tells those
-    settings that may be told (`finetune`). Parts that do not train may be out of memory. Raises Failure, and leaves
-    what was at `path`, when the file does not load back equal.
+    settings that may be told, the number of `examples`, and their captions where the settings allow it. Parts that do
+    not train may be out of memory. Raises Failure, and leaves what was at `path`, when the file does not load back
+    equal.
     """
-    told = {
-        **provenance.public(settings),
-        "pipeline": type(family.pipeline).__name__,
-        "software": provenance.software(),
-    }
+    base = family.edition()
+    captions = (caption for example in examples for caption in example.captions)
+    made = headers.of_training(settings, base, type(family.pipeline).__name__, captions, len(examples))
+    told = headers.of_edition(base) | made
     unverified = path.with_name(f".unverified-{path.name}")
     try:
-        metadata = {"finetune": provenance.dumps(told)}
-        formats.write(unverified, carried(family, NAME), form, metadata, dtype, type(family))
+        formats.write(unverified, carried(family, NAME), form, told, dtype, type(family))
         verify_adapter(family, unverified)
         os.replace(unverified, path)
     finally:

@@ -116,3 +116,10 @@ def kind(names: frozenset[str]) -> str | None:
     """The kind that a layer's tensors are of; None for those that are of none, or not whole."""
     own = names - {MAGNITUDE}
     return next((name for name, known in KINDS.items() if own in known.sets), None)
+
+
+def lacking(names: frozenset[str]) -> frozenset[str]:
+    """What is missing to the nearest kind; empty when the names belong to none."""
+    own = names - {MAGNITUDE}
+    missing = [whole - own for known in KINDS.values() for whole in known.sets if own and own < whole]
+    return min(missing, key=len, default=frozenset())

@@ -71,7 +71,12 @@ def other_changes(one: Adapter, other: Adapter, dtype: torch.dtype) -> list[str]
 
 
 def _gap(one: Layer, other: Layer, dtype: torch.dtype) -> str | None:
-    """Each factor of a change is off by a rounding error: so much is the change itself, by the factors' sizes."""
+    """Each factor of a change is off by a rounding error: so much is the change itself, by the factors' sizes.
+
+    (Where the factors are the same by themselves, they need not be multiplied.)
+    """
+    if _same_factors(one, other, dtype):
+        return None
     (mine, bound), (theirs, _) = (_change_and_size(layer) for layer in (one, other))
     if mine.shape != theirs.shape:
         return f"shape {tuple(mine.shape)} and {tuple(theirs.shape)}"
@@ -82,6 +87,11 @@ def _gap(one: Layer, other: Layer, dtype: torch.dtype) -> str | None:
     if len(lengths) == 1 or (lengths and not rounded_alike(lengths[0], lengths[1], dtype)):
         return f"another {MAGNITUDE}"
     return None
+
+
+def _same_factors(one: Layer, other: Layer, dtype: torch.dtype) -> bool:
+    same = one.shapes == other.shapes and abs(one.scale - other.scale) <= ROUNDING[torch.float32] * abs(one.scale)
+    return same and all(rounded_alike(one.load(name), other.load(name), dtype) for name in one.shapes)
 
 
 def _change_and_size(layer: Layer) -> tuple[Tensor, Tensor]:

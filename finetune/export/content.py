@@ -40,10 +40,23 @@ class Layer:
     def kind(self) -> str:
         """Raises Fault when the tensors are of no kind that is known, or not whole."""
         found = change.kind(frozenset(self.shapes))
+        if found is None and (lacking := change.lacking(frozenset(self.shapes))):
+            raise Fault(f"{self.name}: {', '.join(sorted(lacking))} is missing beside {', '.join(sorted(self.shapes))}")
         if found is None:
             known = ", ".join(kind.title for kind in KINDS.values())
             raise Fault(f"{self.name}: {', '.join(sorted(self.shapes))}: not whole, or none of {known}.")
         return found
+
+    @cached_property
+    def extent(self) -> tuple[int, int]:
+        """Shape of the change as a matrix: (out, in * ...). Raises Fault when the tensors do not go together."""
+        hollow = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
+        try:
+            rows, columns = self._known.change(hollow).shape
+        except (RuntimeError, ValueError) as error:
+            shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in sorted(self.shapes.items()))
+            raise Fault(f"{self.name}: the shapes of its tensors do not go together: {shapes}") from error
+        return rows, columns
 
     @property
     def rank(self) -> int | None:

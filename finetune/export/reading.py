@@ -36,7 +36,8 @@ def attach(family: Family, path: Path, adapter: str) -> None:
     """Put the adapter of a file on the pipeline, under the given name and active alone.
 
     Raises Fault, and takes it off again, when the file cannot be read, holds a tensor that does not belong to this
-    model or that diffusers would ignore, or lacks one. The names are listed.
+    model or that diffusers would ignore, lacks one, or when diffusers makes another change of it than its tensors and
+    alphas say (`formats`). The names are listed.
     """
     weights.check_file(path)
     tensors = weights.load_tensors(path)
@@ -52,6 +53,11 @@ def attach(family: Family, path: Path, adapter: str) -> None:
     if ignored:
         detach(family, adapter)
         raise Fault(f"{path}: diffusers does not load all of it. What is ignored or missing:", listed(ignored))
+    try:
+        _require_same(family, path, adapter)
+    except Fault:
+        detach(family, adapter)
+        raise
 
 
 def settings_of(path: Path) -> dict[str, Any]:
@@ -117,6 +123,7 @@ def _translated(family: Family, path: Path, tensors: Mapping[str, Tensor]) -> di
             known = _to_peft(own, part == family.denoiser_name) if own else {}
             translated |= {f"{part}.{naming.held(module, name)}": tensor for name, tensor in known.items()}
     except DIFFUSERS_FAULTS as error:
+        _explain(path)
         raise Fault(
             f"{path}: not an adapter that diffusers can read ({first_line(error)}). Its tensors:", listed(tensors)
         ) from error
@@ -126,6 +133,35 @@ def _translated(family: Family, path: Path, tensors: Mapping[str, Tensor]) -> di
             listed(tensors),
         )
     return {**translated, **state}
+
+
+def _explain(path: Path) -> None:
+    """Raises the Fault that says why diffusers reads no such file, where it is one of the reasons known."""
+    from finetune.export import formats
+
+    layers = formats.read(path).layers
+    if native := sorted({layer.title for layer in layers if layer.kind != "lora" or "lora_mid.weight" in layer.shapes}):
+        raise Fault(
+            f"{path}: its layers are {', '.join(native)}, where diffusers loads plain LoRA on these models. "
+            "`finetune convert --to-lora` makes one of it."
+        )
+
+
+def _require_same(family: Family, path: Path, adapter: str) -> None:
+    """What diffusers has made of the file is what its tensors say by their own formulas."""
+    from finetune.export import compare, formats  # these stand above this file
+    from finetune.export.carried import carried
+    from finetune.export.content import File
+
+    told, loaded = formats.read(path), carried(family, adapter)
+    precision = compare.coarsest([*File(path).precisions(), *loaded.dtypes()])
+    if wrong := compare.other_changes(told, loaded, precision):
+        raise Fault(
+            f"{path}: diffusers makes another change of {len(wrong)} of its {len(told.layers)} layers than the file "
+            "says (it takes one alpha for all, and leaves DoRA's magnitude out by kohya's names). `finetune convert "
+            "--format diffusers` writes it so that it does not.",
+            listed(wrong),
+        )
 
 
 def _to_peft(state: dict[str, Tensor], denoiser: bool) -> dict[str, Tensor]:

@@ -5,16 +5,40 @@ A family wraps a diffusers pipeline: loading, prompt encoding, sampling and savi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from finetune.families.original import Layout
 from finetune.objective import Diffusion, Objective
+
+
+@dataclass(frozen=True)
+class Edition:
+    """One of the base models of a family that files are published for: what headers call it, and its sizes."""
+
+    title: str
+    version: str
+    """`ss_base_model_version`"""
+    architecture: str
+    """`modelspec.architecture`, to which adapters add a kind ("/lora")"""
+    implementation: str
+    """`modelspec.implementation` of its adapters"""
+    width: int
+    """Of the text that the denoiser attends to"""
+    resolution: int
+    """Side in pixels"""
+    prediction: Literal["epsilon", "v"] | None = "epsilon"
+    """None where it is not known."""
+    second: bool = False
+    """`ss_v2`: of Stable Diffusion's second generation"""
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+    """Configurations of the denoiser and the text encoders, where they are not their classes' defaults"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +55,19 @@ class Published:
     """What `ss_base_model_version` may begin with, the longest first."""
     architectures: tuple[str, ...]
     """What `modelspec.architecture` may begin with."""
+    editions: tuple[Edition, ...] = ()
+    """Its base models; of those with the same width the likeliest first."""
+    classes: Mapping[str, type] = field(default_factory=dict)
+    """Classes of the denoiser and the text encoders"""
+
+    def edition(self, said: Mapping[str, str], width: int | None) -> Edition:
+        """The one that a header tells, or else the likeliest: by the width of the text, if that is known."""
+        told = said.get("ss_base_model_version"), said.get("modelspec.architecture", "").partition("/")[0]
+        for edition in self.editions:
+            if told[0] == edition.version or (not told[0] and told[1] == edition.architecture):
+                return edition
+        alike = [edition for edition in self.editions if edition.width == width] or list(self.editions[:1])
+        return alike[0] if len(alike) == 1 else replace(alike[0], prediction=None)
 
 
 Conditions: TypeAlias = dict[str, Tensor]
@@ -56,6 +93,10 @@ class Family(Protocol):
     @property
     def pipeline(self) -> DiffusionPipeline:
         """The diffusers pipeline, which holds the parts by their names; a part that was released is None."""
+        ...
+
+    def edition(self) -> Edition:
+        """What headers of files for this checkpoint say that it is."""
         ...
 
     def objective(self) -> Objective:
@@ -117,6 +158,17 @@ def diffusion(pipeline: DiffusionPipeline) -> Diffusion:
     """The objective of a discrete-time diffusion model: its scheduler's noise schedule, as it is used in training."""
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     return Diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+
+
+def skeleton(published: Published, edition: Edition) -> dict[str, nn.Module]:
+    """The denoiser and the text encoders of an edition without their weights (on the device "meta"), by name."""
+    with torch.device("meta"):
+        return {name: _empty(made, edition.parts.get(name, {})) for name, made in published.classes.items()}
+
+
+def _empty(made: Any, config: Mapping[str, Any]) -> nn.Module:
+    module: nn.Module = made(made.config_class(**config)) if issubclass(made, PreTrainedModel) else made(**config)
+    return module
 
 
 def unet_multiple(pipeline: Any) -> int:

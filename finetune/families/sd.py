@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from finetune.families import base
-from finetune.families.base import Conditions, Published
+from finetune.families.base import Conditions, Edition, Published
 from finetune.objective import Objective
+
+FIRST: dict[str, Any] = {
+    "unet": {"cross_attention_dim": 768},
+    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+}
+SECOND: dict[str, Any] = {
+    "unet": {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
+    "text_encoder": {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
+                     "num_hidden_layers": 23},
+}  # fmt: skip
+EDITIONS = (
+    Edition("Stable Diffusion 1.x", "sd_v1", "stable-diffusion-v1", "diffusers", 768, 512, parts=FIRST),
+    Edition("Stable Diffusion 2.x", "sd_v2", "stable-diffusion-v2-512", "diffusers",
+            1024, 512, "epsilon", True, SECOND),
+    Edition("Stable Diffusion 2.x that predicts the velocity", "sd_v2_v", "stable-diffusion-v2-768-v", "diffusers",
+            1024, 768, "v", True, SECOND),
+)  # fmt: skip
 
 
 @dataclass
@@ -31,7 +49,19 @@ class StableDiffusion:
         widths=(768, 1024),
         versions=("sd_v", "sd_1", "sd_2"),
         architectures=("stable-diffusion-v1", "stable-diffusion-v2"),
+        editions=EDITIONS,
+        classes={"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel},
     )
+
+    def edition(self) -> Edition:
+        """Version 2 attends to a wider text; a version 1 may predict the velocity too."""
+        first, second, velocity = EDITIONS
+        wide = self.pipeline.unet.config.cross_attention_dim == second.width
+        if self.pipeline.scheduler.config.prediction_type == "v_prediction":
+            chosen = velocity if wide else replace(first, prediction="v")
+        else:
+            chosen = second if wide else first
+        return replace(chosen, resolution=self.resolution())
 
     def objective(self) -> Objective:
         return base.diffusion(self.pipeline)

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from finetune.families import base
-from finetune.families.base import Conditions, Published
+from finetune.families.base import Conditions, Edition, Published
 from finetune.families.original import Layout
 from finetune.objective import Objective
+
+PARTS: dict[str, Any] = {
+    "unet": {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+    "text_encoder_2": {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20,
+                       "num_hidden_layers": 32, "projection_dim": 1280},
+}  # fmt: skip
+EDITION = Edition(
+    "Stable Diffusion XL", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base",
+    "https://github.com/Stability-AI/generative-models", 2048, 1024, parts=PARTS,
+)  # fmt: skip
 
 
 @dataclass
@@ -32,7 +55,17 @@ class StableDiffusionXL:
         widths=(2048,),
         versions=("sdxl_",),
         architectures=("stable-diffusion-xl",),
+        editions=(EDITION,),
+        classes={
+            "unet": UNet2DConditionModel,
+            "text_encoder": CLIPTextModel,
+            "text_encoder_2": CLIPTextModelWithProjection,
+        },
     )
+
+    def edition(self) -> Edition:
+        velocity = self.pipeline.scheduler.config.prediction_type == "v_prediction"
+        return replace(EDITION, prediction="v" if velocity else "epsilon", resolution=self.resolution())
 
     def objective(self) -> Objective:
         return base.diffusion(self.pipeline)

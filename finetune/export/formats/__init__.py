@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from finetune import families
 from finetune.errors import Fault
-from finetune.export import stream
+from finetune.export import hashes, stream
+from finetune.export import metadata as headers
 from finetune.export.content import Adapter, File, Layer
 from finetune.export.formats import diffusers, kohya
 from finetune.export.stream import Entry
 from finetune.families import Family
+from finetune.families.base import Edition
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,26 @@ def write(
 ) -> None:
     """Write the adapter in a format, in the given precision (default: each tensor's own), layer by layer.
 
-    `family`: default is the one that the adapter says it is for. Raises Fault when there is none, or when the format
-    has no place for the adapter's kind.
+    `metadata`: what more its header says than the layers tell by themselves; its base, rank, alpha and hashes always
+    stand there. `family`: default is the one that the adapter says it is for. Raises Fault when there is none, or when
+    the format has no place for the adapter's kind.
     """
     kind, made = family or known_family(adapter), FORMATS[name]
-    header = {"format": "pt", **metadata, **made.metadata(adapter, kind)}
-    stream.write(path, made.entries(adapter, kind, dtype), header)
+    base = headers.of_edition(edition(adapter, kind, metadata))
+    known = {**base, **headers.passed_on(metadata), **headers.of_layers(adapter)}
+    header = {"format": "pt", **known, **made.metadata(adapter, kind)}
+    stream.write(path, made.entries(adapter, kind, dtype), header, hashed=hashes.BLANKS)
+
+
+def edition(adapter: Adapter, family: type[Family], metadata: Mapping[str, str] | None = None) -> Edition:
+    """The base that the adapter is for: as the header says, or by the width of the text that it attends to."""
+    return family.published.edition(adapter.metadata if metadata is None else metadata, text_width(adapter))
+
+
+def text_width(adapter: Adapter) -> int | None:
+    """Width of the text that the adapter's denoiser attends to, where it has such a layer."""
+    found = (layer.extent[1] for layer in adapter if layer.path.endswith(("attn2.to_k", "attn2.to_v")))
+    return next(found, None)
 
 
 def known_family(adapter: Adapter) -> type[Family]:
@@ -87,11 +101,12 @@ def known_family(adapter: Adapter) -> type[Family]:
 
 
 def _require_whole(path: Path, layers: Iterable[Layer]) -> None:
-    """Every layer is of a known kind, and all of them or none have an alpha."""
+    """Every layer is of a known kind, its tensors go together, and all of them or none have an alpha."""
     wrong, told = [], {True: [], False: []}  # type: ignore[var-annotated]
     for layer in layers:
         try:
             told[layer.alpha is not None] += [layer.name] if layer.rank else []
+            layer.extent  # noqa: B018  (raises when it has none)
         except Fault as fault:
             wrong.append(fault.message)
     if told[True] and told[False]:
@@ -103,7 +118,7 @@ def _require_whole(path: Path, layers: Iterable[Layer]) -> None:
 def _family(adapter: Adapter) -> str | None:
     """What the adapter is for: its file says so, or only one family has such layers."""
     said = adapter.metadata
-    own = _own(said).get("pipeline")
+    own = headers.own(said).get("pipeline")
     if own in families.FAMILIES:
         return str(own)
     for name, family in families.FAMILIES.items():
@@ -119,15 +134,6 @@ def _family(adapter: Adapter) -> str | None:
 def _fits(adapter: Adapter, family: type[Family]) -> bool:
     if not set(adapter.parts) <= {family.denoiser_name, *family.text_encoder_names}:
         return False
-    attending = [layer for layer in adapter if layer.path.endswith(("attn2.to_k", "attn2.to_v"))]
-    widths = {layer.shapes["lora_down.weight"][1] for layer in attending if "lora_down.weight" in layer.shapes}
+    width = text_width(adapter)
     known = {width for other in families.FAMILIES.values() for width in other.published.widths}
-    return not widths & known or widths <= set(family.published.widths)
-
-
-def _own(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What this toolkit has written of the training."""
-    try:
-        return dict(json.loads(metadata.get("finetune", "{}")))
-    except (ValueError, TypeError):
-        return {}
+    return width not in known or width in family.published.widths

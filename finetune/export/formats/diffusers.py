@@ -45,7 +45,7 @@ def read(file: File) -> Adapter:
     wrong = []
     for key in file.shapes:
         try:
-            part, path, tensor = _place(key)
+            part, path, tensor = place(key)
         except KeyError:
             wrong.append(f"{key}: no layer of a model that is known")
             continue
@@ -97,7 +97,7 @@ def _part_fields(layers: list[Layer]) -> dict[str, Any]:
     }
 
 
-def _place(key: str) -> tuple[str, str, str]:
+def place(key: str) -> tuple[str, str, str]:
     """Part, path and tensor of a name. Raises KeyError when it is none."""
     if found := KNOWN.fullmatch(key):
         name, tensor = found["layer"], TENSORS[found["tensor"]]

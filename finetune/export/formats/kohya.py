@@ -14,6 +14,7 @@ import torch
 
 from finetune.errors import Fault
 from finetune.export.content import Adapter, File, Layer
+from finetune.export.naming import LEVEL
 from finetune.export.stream import Entry
 from finetune.families import Family, original
 from finetune.families.original import Layout
@@ -48,7 +49,7 @@ def read(file: File) -> Adapter:
     layers, wrong = {}, []
     for module, keys in modules.items():
         try:
-            part, path = _place(module)
+            part, path = place(module)
         except KeyError:
             wrong += [f"{key}: no layer of a model that is known" for key in keys.values()]
             continue
@@ -98,7 +99,7 @@ def _common_alpha(adapter: Adapter) -> float:
     return counted.most_common(1)[0][0] if counted else 1.0
 
 
-def _place(module: str) -> tuple[str, str]:
+def place(module: str) -> tuple[str, str]:
     """Part and path of a name. Raises KeyError when it is none."""
     prefix, _, rest = module.partition("_")
     second, _, rest = rest.partition("_")
@@ -107,5 +108,5 @@ def _place(module: str) -> tuple[str, str]:
         raise KeyError(module)
     path = ".".join(words)
     if part != "unet":
-        return part, path
+        return part, path if path.startswith((LEVEL, "text_projection")) else LEVEL + path
     return part, original.read(path, Layout(frozenset())) if path.startswith(ORIGINAL) else path
