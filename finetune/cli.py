@@ -180,6 +180,7 @@ VERBS = {
     "data caption": Verb("write captions with a vision-language model", _gently("finetune.commands.caption")),
     "data cache": Verb("compute ahead what a training needs", _gently("finetune.commands.cache")),
     "runs": Verb("list the runs in a folder and how far they are", _page("finetune.commands.runs")),
+    "publish": Verb("make a folder of a run with card and pictures, and send it", _page("finetune.commands.publish")),
     "recipes": Verb("list the recipes and their ready settings", _recipes),
     "copy": Verb("copy a recipe or settings to change them", _copy),
     "toybox train": Verb("make the embedded base model again, from nothing", _page("finetune.toybox.train")),

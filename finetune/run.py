@@ -39,6 +39,7 @@ from finetune.keeping import LOG, Keeper
 from finetune.loop import NotFinite, Training, due
 from finetune.settings import Optim, Output, Train
 from finetune.signals import Watch
+from finetune.weights import said
 
 Piece = TypeVar("Piece")
 LOGS = "logs"
@@ -229,7 +230,7 @@ class Run:
         self.keeper.end("finished")
         table = Table.grid(padding=(0, 2))
         for file in sorted(path for path in self.folder.rglob("*") if path.is_file() and LOGS not in path.parts):
-            table.add_row(Text(str(file.relative_to(self.folder)), overflow="fold"), _bytes(file.stat().st_size))
+            table.add_row(Text(str(file.relative_to(self.folder)), overflow="fold"), said(file.stat().st_size))
         self.console.print(Text(f"\nWritten to {self.folder}, loaded back and found equal:", overflow="fold"), table)
         self.console.print(Text(f"\nUse it:\n  {usage}"), soft_wrap=True)
 
@@ -307,7 +308,3 @@ def _left(task: Task) -> str:
 
 def _count(parameters: int) -> str:
     return f"{parameters / 1e6:.2f} M" if parameters >= 1e5 else f"{parameters:,}"
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

@@ -119,6 +119,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         raise Failure(f"{path}: cannot be written ({error.strerror}); {size / 1e6:.1f} MB are needed there.") from error
 
 
+def said(size: int) -> str:
+    """A number of bytes as people read it."""
+    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
 def _parts(folder: Path) -> list[Path]:
     """The sub-folders of the pipeline's parts; of a single model, the folder itself."""
     try:

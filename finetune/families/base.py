@@ -37,6 +37,12 @@ class Edition:
     """None where it is not known."""
     second: bool = False
     """`ss_v2`: of Stable Diffusion's second generation"""
+    tag: str = "stable-diffusion"
+    """What the hub finds its models by"""
+    site: str = "Other"
+    """What Civitai calls it"""
+    webui: str = "Unknown"
+    """What AUTOMATIC1111's sidecars call it"""
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     """Configurations of the denoiser and the text encoders, where they are not their classes' defaults"""
 
