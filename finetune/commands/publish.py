@@ -78,11 +78,13 @@ def main(config: Config) -> None:
     known = leaks.known(told, (config.repo, config.base_model, told.base), config.may_tell)
     _refuse(leaks.in_texts(_texts(wish, told.settings), known))
     console = Console(stderr=True)
-    if config.overwrite or not package.is_made(folder, wish, told):
+    if not package.is_made(folder, wish, told, config.overwrite):
         package.make(folder, wish, told, lambda items, what: track(items, what, console=console))
     files = package.files(folder)
     _refuse(leaks.in_files(folder, files, known), folder)
     _list(folder, files, config)
+    if not (wish.base or told.base or told.embedded):
+        print("The card names no base: it was trained from a file or folder. Name what that is with --base-model.")
     if config.yes:
         print(upload.upload(folder, files, config.repo, config.public, print))
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
 from finetune.publishing.release import Release
@@ -24,7 +25,7 @@ def card(release: Release) -> str:
 def text(said: str) -> str:
     """One line of plain text in Markdown and HTML."""
     line = re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", " ".join(said.split()))
-    line = re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", line)  # no list, no heading
+    line = re.sub(r"^(\d*)([-+.)](?=\s|$)|[-=]+$)", r"\1\\\2", line)  # no list, no heading
     return html.escape(line, quote=False)
 
 
@@ -59,11 +60,9 @@ def _front(release: Release) -> str:
 
 
 def _page(release: Release) -> Iterator[str]:
-    kind = "A LoRA adapter" if release.adapts else "A fine-tuned model"
-    base = f"[{text(release.base)}](https://huggingface.co/{release.base})" if release.base else "a base of its own"
-    if release.base and release.revision:
-        base += f" at revision {text(release.revision)}"
-    yield f"{kind} for {text(release.family)}, trained from {base}."
+    kind = "A LoRA adapter for" if release.adapts else "A fine-tuned"
+    maker = f", by {text(release.author)}" if release.author else ""
+    yield f"{kind} {text(release.family)}, trained from {_base(release)}{maker}."
     if release.description:
         yield text(release.description)
     yield from _words(release)
@@ -76,6 +75,15 @@ def _page(release: Release) -> Iterator[str]:
     yield from _training(release)
     yield "## Licence"
     yield _licence(release)
+
+
+def _base(release: Release) -> str:
+    if release.embedded:
+        return "toybox, the small model inside finetune"
+    if release.base is None:
+        return "a base that is not on the hub"
+    pinned = f" at revision {text(release.revision)}" if release.revision else ""
+    return f"[{text(release.base)}](https://huggingface.co/{release.base}){pinned}"
 
 
 def _words(release: Release) -> Iterator[str]:
@@ -91,13 +99,18 @@ def _pictures(release: Release) -> Iterator[str]:
     how = ", ".join(f"{name} {text(value)}" for name, value in release.drawing.items())
     yield f"Drawn with {how}; each file holds its settings."
     rows = [(f"![{text(one.prompt)}]({one.file})", text(one.prompt), str(one.seed)) for one in release.drawn]
-    yield table(("", "prompt", "seed"), rows)
+    yield table(("picture", "prompt", "seed"), rows)
     if release.strength:
         yield f"One prompt and seed at several strengths; 0 is the base alone:\n\n![strengths]({release.strength})"
 
 
 def _with_adapter(release: Release) -> Iterator[str]:
     prompt = _line(release.drawn[0].prompt)
+    if release.embedded:
+        yield "**finetune**"
+        command = f"finetune generate --model toybox --adapter {release.name}.safetensors --prompt"
+        yield fence([f"{command} {shlex.quote(prompt)}"], "sh")
+        return
     if release.base:
         yield "**diffusers**"
         yield fence([*_loaded(release, release.base), f'pipeline.load_lora_weights("{release.repo}")',
@@ -139,7 +152,7 @@ def _scheduler(release: Release) -> Iterator[str]:
 
 def _training(release: Release) -> Iterator[str]:
     yield "## Training"
-    yield table(("", ""), [(text(name), text(value)) for name, value in release.training.items()])
+    yield table(("setting", "value"), [(text(name), text(value)) for name, value in release.training.items()])
     if release.held_out:
         yield "Loss on pictures that were held out of the training, always at the same noise and timesteps:"
         yield table(("step", "loss"), [(str(step), f"{loss:.4f}") for step, loss in _some(release.held_out)])

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from finetune import ledger, provenance
+from finetune import ledger, provenance, weights
 from finetune.errors import Fault
 
 ADAPTER, MODEL = "adapter.safetensors", "model"
@@ -90,11 +90,20 @@ class Facts:
         told = [table[name] for table in tables for name in SPOKEN if table.get(name)]
         return "\n".join(" ".join(one) if isinstance(one, list) else str(one) for one in told)
 
+    @cached_property
+    def model(self) -> str:
+        """The base as it may be told: a hub name, `toybox`, or `local`. An adapter's header knows it best."""
+        told = json.loads(weights.read_metadata(self.adapter).get("finetune", "{}")) if self.adapter else {}
+        return str(told.get("model") or provenance.public_model(str(self.flat.get("model") or "")))
+
     @property
     def base(self) -> str | None:
         """The base's hub name; None for `toybox`, and for what lies on this machine."""
-        name = provenance.public_model(str(self.flat.get("model") or ""))
-        return name if "/" in name else None
+        return self.model if "/" in self.model else None
+
+    @property
+    def embedded(self) -> bool:
+        return self.model == "toybox"
 
     def training(self, pictures: str | None) -> dict[str, str]:
         """What the card tells of the training, by name. `pictures`: their number, if it is known."""

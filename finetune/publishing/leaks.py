@@ -161,15 +161,15 @@ def _secrets() -> Iterator[tuple[str, str]]:
     for value, kind in ((home, "the home folder"), (str(Path.home().resolve()), "the home folder")):
         if value.count("/") + value.count("\\") > 1:  # not `/` or `/root`, which the patterns of paths know
             yield value, kind
-    for name, value in os.environ.items():
-        if SECRET.search(name) and len(value) >= 8 and not os.path.exists(value):
-            yield value, f"the value of {name}"
     stored = [get_token(), *get_stored_tokens().values()]
     yield from ((token, "an access token (of the hub's store)") for token in stored if token)
     with suppress(OSError, netrc.NetrcParseError):
         for _, _, password in netrc.netrc().hosts.values():
             if password and len(password) >= 8:
                 yield password, "a password of .netrc"
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8 and not os.path.exists(value):
+            yield value, f"the value of {name}"
 
 
 def _users() -> Iterator[str]:

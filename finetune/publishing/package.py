@@ -50,10 +50,10 @@ class Wish:
         return self.repo.partition("/")[2]
 
 
-def is_made(folder: Path, wish: Wish, facts: Facts) -> bool:
-    """Whether the folder is there, made with the same wish of the same run.
+def is_made(folder: Path, wish: Wish, facts: Facts, overwrite: bool) -> bool:
+    """Whether the folder is there, made with the same wish of the same run, and is to stay.
 
-    Raises Fault where something else is there.
+    Raises Fault where something else is there, and where it would have to be written over without being asked.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
@@ -61,7 +61,7 @@ def is_made(folder: Path, wish: Wish, facts: Facts) -> bool:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise Fault(f"{folder}: `publish` did not make what is there. Name another --output.") from None
-    if record != _record(wish, facts):
+    if not overwrite and record != _record(wish, facts):
         before = record.get("wish", {})
         changed = [f"{name}: {before.get(name)}, now {value}" for name, value in _plain(wish).items()
                    if before.get(name) != value]  # fmt: skip
@@ -69,7 +69,7 @@ def is_made(folder: Path, wish: Wish, facts: Facts) -> bool:
             f"{folder}: was made with other settings, or of another state of the run. --overwrite makes it anew.",
             changed,
         )
-    return True
+    return not overwrite
 
 
 def make(folder: Path, wish: Wish, facts: Facts, track: Track) -> None:
@@ -113,7 +113,7 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
     kept = _adapter_files(folder, wish, facts, family) if facts.adapter else _model_files(folder, facts)
     drawn_with = folder / DIFFUSERS if facts.adapter else None
     brush = drawing.Brush(
-        family, table["model"] if facts.adapter else wish.repo, table.get("revision"), drawn_with,
+        family, facts.model if facts.adapter else wish.repo, table.get("revision"), drawn_with,
         wish.steps, wish.guidance, wish.size, from_noise,
     )  # fmt: skip
     drawn = drawing.samples(brush, folder, wish.prompts, wish.seeds, track)
@@ -143,6 +143,7 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
         description=wish.description or given.get("description"),
         author=given.get("author"),
         tags=given.get("tags") or (),
+        embedded=facts.embedded,
         from_noise=from_noise,
     )
     if release.adapts:

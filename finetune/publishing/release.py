@@ -48,6 +48,8 @@ class Release:
     description: str | None = None
     author: str | None = None
     tags: Sequence[str] = ()
+    embedded: bool = False
+    """Whether the base is `toybox`"""
     from_noise: bool = False
     """Whether it must be drawn from pure noise (--zero-terminal-snr)"""
 
