@@ -24,6 +24,8 @@ LARGE = (".safetensors", ".png")
 class Repo:
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
+    card: dict[str, str] = field(default_factory=dict)
+    """Front matter of its card"""
     commits: list[list[str]] = field(default_factory=list)
     """The paths of each"""
 
@@ -153,7 +155,8 @@ class Handler(BaseHTTPRequestHandler):
             return 200, {"files": [self.mode(repo, one["path"]) for one in json.loads(body)["files"]]}
         if "commit" in parts:
             return self.commit(name, repo, [json.loads(line) for line in body.splitlines()])
-        return 200, {"id": name, "private": repo.private, "sha": repo.sha, "siblings": [], "tags": []}
+        return 200, {"id": name, "private": repo.private, "sha": repo.sha, "siblings": [], "tags": [],
+                     "cardData": repo.card}  # fmt: skip
 
     def create(self, told: dict[str, Any]) -> tuple[int, Any]:
         name = f"{told['organization']}/{told['name']}"

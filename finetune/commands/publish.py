@@ -71,11 +71,14 @@ def main(config: Config) -> None:
 
     _require_sense(config)
     told = facts.read(config.run)
+    if config.base_model and (told.base or told.embedded):
+        raise Fault(f"--base-model {config.base_model}: the run tells its base itself: {told.model}.")
     wish = _wish(config, told.prompts)
     folder = config.output or config.run / "publish"
     if config.yes:
         upload.require_login()
-    known = leaks.known(told, (config.repo, config.base_model, told.base), config.may_tell)
+    said = (*wish.prompts, wish.title, wish.description)
+    known = leaks.known(told, (config.repo, config.base_model, told.base), said, config.may_tell)
     _refuse(leaks.in_texts(_texts(wish, told.settings), known))
     console = Console(stderr=True)
     if not package.is_made(folder, wish, told, config.overwrite):

@@ -143,7 +143,7 @@ def _loaded(release: Release, model: str) -> list[str]:
 
 def _scheduler(release: Release) -> Iterator[str]:
     if release.from_noise:
-        yield "It was trained from pure noise on (zero terminal SNR), so draw with a scheduler that begins there:"
+        yield "It was trained down to pure noise (zero terminal SNR), so draw with a scheduler that begins there:"
         yield fence(["from diffusers import DDIMScheduler", "",
                      "pipeline.scheduler = DDIMScheduler.from_config(",
                      '    pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"',
@@ -169,11 +169,11 @@ def _some(told: Mapping[int, float], most: int = 12) -> list[tuple[int, float]]:
 def _licence(release: Release) -> str:
     told = release.license
     if not told:
-        return "Not stated. The base's licence holds for what is made of it."
+        return "Not stated. The base has a licence of its own."
     name = text(told.get("license_name") or told["license"])
     link = told.get("license_link", "")
     said = f"[{name}]({link})" if re.fullmatch(r"https://[\w./%#?=&+~-]+", link) else name
-    return f"{said}. The base's licence holds too for what is made of it."
+    return f"{said}. The base has a licence of its own."
 
 
 def _line(said: str) -> str:

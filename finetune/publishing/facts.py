@@ -93,7 +93,7 @@ class Facts:
     @cached_property
     def model(self) -> str:
         """The base as it may be told: a hub name, `toybox`, or `local`. An adapter's header knows it best."""
-        told = json.loads(weights.read_metadata(self.adapter).get("finetune", "{}")) if self.adapter else {}
+        told = json.loads(self.header.get("finetune", "{}"))
         return str(told.get("model") or provenance.public_model(str(self.flat.get("model") or "")))
 
     @property
@@ -105,13 +105,19 @@ class Facts:
     def embedded(self) -> bool:
         return self.model == "toybox"
 
-    def training(self, pictures: str | None) -> dict[str, str]:
-        """What the card tells of the training, by name. `pictures`: their number, if it is known."""
-        told = {title: _said(self.flat[name]) for name, title in TABLE.items() if _is_set(self.flat.get(name))}
-        if pictures:
-            told = {"pictures": pictures, **told}
+    @cached_property
+    def header(self) -> dict[str, str]:
+        """What the adapter's file says of itself."""
+        return weights.read_metadata(self.adapter) if self.adapter else {}
+
+    @property
+    def training(self) -> dict[str, str]:
+        """What the card tells of the training, by name."""
+        counted = {"pictures": self.header.get("ss_num_train_images"), "size": self.header.get("modelspec.resolution")}
+        told = {name: value for name, value in counted.items() if value}
+        told |= {title: _said(self.flat[name]) for name, title in TABLE.items() if _is_set(self.flat.get(name))}
         if self.log:
-            told["time"] = str(timedelta(seconds=round(sum(float(line["seconds"]) for line in self.log))))
+            told["time of its steps"] = str(timedelta(seconds=round(sum(float(line["seconds"]) for line in self.log))))
         return told
 
     @property
@@ -143,7 +149,7 @@ def _log(file: Path) -> list[dict[str, Any]]:
 
 
 def _is_set(value: Any) -> bool:
-    return value is not None and value != [] and not (isinstance(value, float) and value == 0.0)
+    return value not in (None, [], "auto") and not (isinstance(value, float) and value == 0.0)
 
 
 def _said(value: Any) -> str:

@@ -68,13 +68,17 @@ class Known:
     """Revisions of the base: 40 hexadecimal digits that may be told."""
 
 
-def known(facts: Facts, given: Iterable[str | None], told: Iterable[str]) -> Known:
-    """`given`: whatever else is published on purpose, as the repository's name. `told`: local names that may be."""
-    on_purpose = "\n".join([facts.spoken, *(one for one in given if one)])
-    own = "\n".join([str(facts.flat.get("author") or ""), *(one for one in given if one), *told])
+def known(facts: Facts, signed: Iterable[str | None], said: Iterable[str | None], told: Iterable[str]) -> Known:
+    """What there is to look for, but for what is told on purpose.
+
+    `signed`: names that it is published under, which may be the user's. `said`: prompts and texts, which may hold the
+    words that pictures are called by. `told`: local names that may be told.
+    """
+    own = "\n".join([str(facts.flat.get("author") or ""), *filter(None, signed), *told])
+    on_purpose = "\n".join([own, facts.spoken, *filter(None, said)])
     names: dict[str, str] = {}
     for kind, (found, allowed) in {
-        "a name from the training data": (set(_training(facts)), f"{on_purpose}\n{' '.join(told)}"),
+        "a name from the training data": (set(_training(facts)), on_purpose),
         "the host's name": (set(_hosts()), own),
         "the user's name": (set(_users()), own),
     }.items():
@@ -198,9 +202,10 @@ def _below(folder: Path) -> Iterator[str]:
     for number, path in enumerate(folder.rglob("*")):
         if number == MANY:
             return
+        if path.is_dir() or not re.fullmatch("[a-z]+", path.stem):  # `sofa.png` is called by a word of its caption
+            yield from _telling(path.stem)
         if path.is_file():
             yield path.name
-        yield from _telling(path.stem)
 
 
 def _telling(name: str) -> Iterator[str]:

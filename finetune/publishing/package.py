@@ -138,7 +138,7 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
         drawn=drawn,
         drawing={"scheduler": brush.scheduler, "steps": str(wish.steps), "guidance": f"{wish.guidance:g}"},
         strength=strength,
-        training=facts.training(_pictures(facts)),
+        training=facts.training,
         held_out=facts.held_out,
         description=wish.description or given.get("description"),
         author=given.get("author"),
@@ -204,13 +204,6 @@ def _license(given: str | None, base: str | None) -> dict[str, str]:
         return {}
     told = data.to_dict() if data else {}
     return {name: str(told[name]) for name in ("license", "license_name", "license_link") if told.get(name)}
-
-
-def _pictures(facts: Facts) -> str | None:
-    """The number of the training's pictures, where the adapter's header tells it."""
-    from finetune import weights
-
-    return weights.read_metadata(facts.adapter).get("ss_num_train_images") if facts.adapter else None
 
 
 def _record(wish: Wish, facts: Facts) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import hub
 import planted
 import pytest
+import tiny
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, constants
@@ -27,6 +28,7 @@ from finetune import weights
 from finetune.cli import main
 from finetune.export import formats
 from finetune.export.compare import other_changes
+from finetune.families import FAMILIES
 from finetune.pictures import read_settings
 from finetune.publishing import upload
 
@@ -135,6 +137,15 @@ def test_the_adapter_is_there_in_each_format_and_equals_what_was_trained(made: P
         assert weights.read_metadata(file)["modelspec.trigger_phrase"] == "a photo of sks house"
 
 
+def test_diffusers_finds_its_file_where_only_the_repository_is_named(made: Path) -> None:
+    pipeline = tiny.pipeline("sd")
+    pipeline.load_lora_weights(str(made / "publish"))
+    adapter = formats.read(made / "adapter.safetensors")
+    [name] = pipeline.get_active_adapters()
+    assert {name: len(adapter.layers)} == {name: sum(name in getattr(layer, "lora_A", ()) for part in
+            (pipeline.unet, pipeline.text_encoder) for layer in part.modules())}  # fmt: skip
+
+
 def test_pictures_are_drawn_from_fixed_seeds_and_hold_their_settings(made: Path, run: Path, tmp_path: Path) -> None:
     folder = made / "publish"
     told = read_settings(folder / "images" / "01-seed0.png")
@@ -211,6 +222,27 @@ def test_the_front_matter_is_what_the_hub_reads(made: Path, server: hub.Hub, mon
     assert server.calls("POST", "validate-yaml")
 
 
+def test_the_bases_licence_is_asked_of_the_hub_and_never_guessed(
+    run: Path, server: hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = {"license": "other", "license_name": "its-own", "license_link": "https://example.org/terms"}
+    server.repos["a/b"] = hub.Repo(private=False, card={**terms, "language": "en"})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    mine = shutil.copytree(run, tmp_path / "run")
+    for base, told in (("a/b", terms), ("a/unknown", {})):
+        main(["publish", str(mine), "--repo", REPO, *DRAW, "--base-model", base, "--overwrite"])
+        data = ModelCard.load(mine / "publish" / "README.md").data.to_dict()
+        assert {name: value for name, value in data.items() if name.startswith("license")} == told
+
+
+def test_every_edition_has_the_names_that_others_call_it_by() -> None:
+    editions = [edition for family in FAMILIES.values() for edition in family.published.editions]
+    assert {one.webui for one in editions} == {"SD1", "SD2", "SDXL"}
+    assert all(one.site.startswith(("SD 1.5", "SD 2.1", "SDXL 1.0")) for one in editions)
+    assert all(one.tag in ("stable-diffusion", "stable-diffusion-xl") for one in editions)
+
+
 class Page(HTMLParser):
     """Elements, pictures, links and the text of a page."""
 
@@ -244,8 +276,8 @@ def test_the_page_shows_what_was_said_and_runs_none_of_it(made: Path) -> None:
     assert all(link.startswith("https://huggingface.co/") for link in page.links)
     assert f'pipeline.load_lora_weights("{REPO}")' in page.text
     assert "<lora:sks-house:1>" in page.text and "models/loras" in page.text
-    for told in ("rank\n4", "alpha\n2", "steps\n2", "pictures\n3", "resolution"):
-        assert told in page.text or told == "resolution", told
+    for told in ("rank\n4", "alpha\n2", "steps\n2", "pictures\n3", "size\n64x64"):
+        assert told in page.text, told
     assert "Loss on pictures that were held out" in page.text
 
 
@@ -345,6 +377,13 @@ def test_what_makes_no_sense(run: Path, tmp_path: Path, refused: Callable[..., s
     entry = json.loads((half / "run.json").read_text())
     (half / "run.json").write_text(json.dumps({**entry, "state": "stopped"}))
     assert "not finished (stopped, 2 of 2 steps)" in refused(["publish", str(half), "--repo", REPO])
+    hub_run = shutil.copytree(run, tmp_path / "toybox")
+    file = hub_run / "adapter.safetensors"
+    header = weights.read_metadata(file)
+    own = json.dumps({**json.loads(header["finetune"]), "model": "toybox"})
+    weights.save_tensors(file, weights.load_tensors(file), {**header, "finetune": own})
+    said = refused(["publish", str(hub_run), "--repo", REPO, "--base-model", "a/b"])
+    assert "the run tells its base itself: toybox" in said
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     said = refused(["publish", str(run), "--repo", REPO, "--output", str(tmp_path / "other"), "--overwrite"])
