@@ -29,6 +29,8 @@ class Config:
     """What it is to be called on the hub: user/name. Its files are called after it."""
     yes: bool = False
     """Send it. Without, the folder is made and looked through, and nothing leaves this machine."""
+    dry_run: bool = False
+    """Do not send it, which is so without --yes anyway."""
     public: bool = False
     """Let everyone see it. Default: private."""
     output: Path | None = None
@@ -141,6 +143,8 @@ def _list(folder: Path, files: Sequence[Path], config: Config) -> None:
 
 
 def _require_sense(config: Config) -> None:
+    if config.yes and config.dry_run:
+        raise Fault("--yes and --dry-run: give the one or the other.")
     for name in ("repo", "base_model"):
         if (value := getattr(config, name)) is not None and not HUB.fullmatch(value):
             raise Fault(f"--{name.replace('_', '-')} {value}: a name on the hub looks like user/name.")

@@ -372,6 +372,7 @@ def test_a_name_may_be_told_on_purpose(words: list[str], folder: Path, monkeypat
 def test_what_makes_no_sense(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "there is no such folder" in refused(["publish", str(tmp_path / "none"), "--repo", REPO])
     assert "no run" in refused(["publish", str(tmp_path), "--repo", REPO])
+    assert "the one or the other" in refused(["publish", str(run), "--repo", REPO, "--dry-run", "--yes"])
     assert "looks like user/name" in refused(["publish", str(run), "--repo", "house"])
     half = shutil.copytree(run, tmp_path / "half")
     entry = json.loads((half / "run.json").read_text())
