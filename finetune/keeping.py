@@ -21,7 +21,7 @@ from finetune.errors import Fault, Finished
 from finetune.loop import Training
 from finetune.settings import Output, Train
 
-LOG = "log.jsonl"
+LOG = ledger.LOG
 FREE = frozenset({
     *("output", "resume", "resume_or_begin", "allow_changed", "tracker", "cache", "use_cache"),
     *("batch_size", "accumulation", "processes", "engine"),

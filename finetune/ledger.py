@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from finetune import disk
 from finetune.errors import Fault
 
-FILE, LOCK, SETTINGS = "run.json", ".lock", "settings.toml"
+FILE, LOCK, SETTINGS, LOG = "run.json", ".lock", "settings.toml", "log.jsonl"
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,12 @@ class Edition:
     """`ss_v2`: of Stable Diffusion's second generation"""
     clip_skip: int | None = None
     """`ss_clip_skip`: which of the text encoder's layers is taken, 1 being the last; None where it is not told."""
+    tag: str = "stable-diffusion"
+    """What the hub finds its models by"""
+    site: str = "Other"
+    """What Civitai calls it"""
+    webui: str = "Unknown"
+    """What AUTOMATIC1111's sidecars call it"""
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     """Configurations of the denoiser and the text encoders, where they are not their classes' defaults"""
 

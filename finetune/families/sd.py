@@ -25,11 +25,12 @@ SECOND: dict[str, Any] = {
                      "num_hidden_layers": 23},
 }  # fmt: skip
 EDITIONS = (
-    Edition("Stable Diffusion 1.x", "sd_v1", "stable-diffusion-v1", "diffusers", 768, 512, clip_skip=1, parts=FIRST),
+    Edition("Stable Diffusion 1.x", "sd_v1", "stable-diffusion-v1", "diffusers", 768, 512, clip_skip=1, parts=FIRST,
+            site="SD 1.5", webui="SD1"),
     Edition("Stable Diffusion 2.x", "sd_v2", "stable-diffusion-v2-512", "diffusers",
-            1024, 512, "epsilon", True, 1, SECOND),
+            1024, 512, "epsilon", True, 1, parts=SECOND, site="SD 2.1", webui="SD2"),
     Edition("Stable Diffusion 2.x that predicts the velocity", "sd_v2_v", "stable-diffusion-v2-768-v", "diffusers",
-            1024, 768, "v", True, 1, SECOND),
+            1024, 768, "v", True, 1, parts=SECOND, site="SD 2.1 768", webui="SD2"),
 )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ PARTS: dict[str, Any] = {
 EDITION = Edition(
     "Stable Diffusion XL", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base",
     "https://github.com/Stability-AI/generative-models", 2048, 1024, parts=PARTS,
+    tag="stable-diffusion-xl", site="SDXL 1.0", webui="SDXL",
 )  # fmt: skip
 
 

@@ -1,0 +1,184 @@
+"""README.md of what is published: front matter that the hub reads, and a page for people.
+
+Whatever comes from captions, prompts and settings is escaped: as YAML, as Markdown text, or in fences.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+
+from finetune.publishing.release import Release
+
+LORA = ("text-to-image", "diffusers", "lora")
+WHOLE = ("text-to-image", "diffusers", "dreambooth")
+
+
+def card(release: Release) -> str:
+    parts = [_front(release), f"# {text(release.title)}", *_page(release)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def text(said: str) -> str:
+    """One line of plain text in Markdown and HTML."""
+    line = re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", " ".join(said.split()))
+    line = re.sub(r"^(\d*)([-+.)](?=\s|$)|[-=]+$)", r"\1\\\2", line)  # no list, no heading
+    return html.escape(line, quote=False)
+
+
+def fence(lines: Sequence[str], language: str) -> str:
+    """Lines as they are, between more backticks than they hold themselves."""
+    ticks = max((len(run) for line in lines for run in re.findall(r"`+", line)), default=0)
+    mark = "`" * max(3, ticks + 1)
+    return "\n".join([f"{mark}{language}", *lines, mark])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells are Markdown already."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _front(release: Release) -> str:
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        base_model=release.base,
+        base_model_relation=("adapter" if release.adapts else "finetune") if release.base else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        instance_prompt=_line(release.words[0]) if release.words else None,
+        tags=[*(LORA if release.adapts else WHOLE), release.tag, *map(_line, release.tags)],
+        widget=[{"text": _line(one.prompt), "output": {"url": one.file}} for one in release.drawn] or None,
+        license=release.license.get("license"),
+        license_name=release.license.get("license_name"),
+        license_link=release.license.get("license_link"),
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _page(release: Release) -> Iterator[str]:
+    kind = "A LoRA adapter for" if release.adapts else "A fine-tuned"
+    maker = f", by {text(release.author)}" if release.author else ""
+    yield f"{kind} {text(release.family)}, trained from {_base(release)}{maker}."
+    if release.description:
+        yield text(release.description)
+    yield from _words(release)
+    yield from _pictures(release)
+    yield "## Use it"
+    yield from (_with_adapter(release) if release.adapts else _with_model(release))
+    yield "## Files"
+    yield table(("file", "for"), [(text(name), use) for name, use in release.files.items()])
+    yield "`sha256sum -c checksums.txt` tells whether they arrived whole."
+    yield from _training(release)
+    yield "## Licence"
+    yield _licence(release)
+
+
+def _base(release: Release) -> str:
+    if release.embedded:
+        return "toybox, the small model inside finetune"
+    if release.base is None:
+        return "a base that is not on the hub"
+    pinned = f" at revision {text(release.revision)}" if release.revision else ""
+    return f"[{text(release.base)}](https://huggingface.co/{release.base}){pinned}"
+
+
+def _words(release: Release) -> Iterator[str]:
+    yield "## Trigger words"
+    if release.words:
+        yield fence([_line(word) for word in release.words], "text")
+    else:
+        yield "None: it was trained with captions that say what is to be seen."
+
+
+def _pictures(release: Release) -> Iterator[str]:
+    yield "## Pictures"
+    how = ", ".join(f"{name} {text(value)}" for name, value in release.drawing.items())
+    yield f"Drawn with {how}; each file holds its settings."
+    rows = [(f"![{text(one.prompt)}]({one.file})", text(one.prompt), str(one.seed)) for one in release.drawn]
+    yield table(("picture", "prompt", "seed"), rows)
+    if release.strength:
+        yield f"One prompt and seed at several strengths; 0 is the base alone:\n\n![strengths]({release.strength})"
+
+
+def _with_adapter(release: Release) -> Iterator[str]:
+    prompt = _line(release.drawn[0].prompt)
+    if release.embedded:
+        yield "**finetune**"
+        command = f"finetune generate --model toybox --adapter {release.name}.safetensors --prompt"
+        yield fence([f"{command} {shlex.quote(prompt)}"], "sh")
+        return
+    if release.base:
+        yield "**diffusers**"
+        yield fence([*_loaded(release, release.base), f'pipeline.load_lora_weights("{release.repo}")',
+                     f"picture = pipeline({_python(prompt)}).images[0]"], "python")  # fmt: skip
+        yield from _scheduler(release)
+    yield f"**ComfyUI**: put {text(release.name)}.safetensors into `models/loras`; the node *Load LoRA* loads it."
+    yield (
+        f"**AUTOMATIC1111, Forge**: put {text(release.name)}.safetensors into `models/Lora`, with its .json and "
+        ".preview.png beside it, and write"
+    )
+    yield fence([f"{prompt} <lora:{release.name}:1>"], "text")
+
+
+def _with_model(release: Release) -> Iterator[str]:
+    yield "**diffusers**"
+    prompt = _python(_line(release.drawn[0].prompt))
+    yield fence([*_loaded(release, release.repo), f"picture = pipeline({prompt}).images[0]"], "python")
+
+
+def _loaded(release: Release, model: str) -> list[str]:
+    pinned = f", revision={_python(release.revision)}" if release.adapts and release.revision else ""
+    return [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({_python(model)}{pinned}, torch_dtype=torch.float16)",
+        'pipeline.to("cuda")',
+    ]
+
+
+def _scheduler(release: Release) -> Iterator[str]:
+    if release.from_noise:
+        yield "It was trained down to pure noise (zero terminal SNR), so draw with a scheduler that begins there:"
+        yield fence(["from diffusers import DDIMScheduler", "",
+                     "pipeline.scheduler = DDIMScheduler.from_config(",
+                     '    pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"',
+                     ")"], "python")  # fmt: skip
+
+
+def _training(release: Release) -> Iterator[str]:
+    yield "## Training"
+    yield table(("setting", "value"), [(text(name), text(value)) for name, value in release.training.items()])
+    if release.held_out:
+        yield "Loss on pictures that were held out of the training, always at the same noise and timesteps:"
+        yield table(("step", "loss"), [(str(step), f"{loss:.4f}") for step, loss in _some(release.held_out)])
+
+
+def _some(told: Mapping[int, float], most: int = 12) -> list[tuple[int, float]]:
+    """The first, the last and some between."""
+    rows = sorted(told.items())
+    if len(rows) <= most:
+        return rows
+    return [rows[round(place * (len(rows) - 1) / (most - 1))] for place in range(most)]
+
+
+def _licence(release: Release) -> str:
+    told = release.license
+    if not told:
+        return "Not stated. The base has a licence of its own."
+    name = text(told.get("license_name") or told["license"])
+    link = told.get("license_link", "")
+    said = f"[{name}]({link})" if re.fullmatch(r"https://[\w./%#?=&+~-]+", link) else name
+    return f"{said}. The base has a licence of its own."
+
+
+def _line(said: str) -> str:
+    return " ".join(said.split())
+
+
+def _python(said: str) -> str:
+    return json.dumps(said, ensure_ascii=False)

@@ -1,0 +1,160 @@
+"""What a run's folder tells of it, read without torch: settings, how long it took, losses on held-out pictures."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from finetune import ledger, provenance, weights
+from finetune.errors import Fault
+
+ADAPTER, MODEL = "adapter.safetensors", "model"
+"""What recipes write: an adapter, or a whole model as a diffusers folder."""
+SPOKEN = ("prompt", "trigger", "template", "class_prompt", "class_word", "sample_prompts", "title", "author",
+          "description", "license", "tags")  # fmt: skip
+"""Settings whose words are told on purpose."""
+TABLE = {
+    "steps": "steps",
+    "batch_size": "pictures a pass",
+    "accumulation": "passes a step",
+    "rank": "rank",
+    "alpha": "alpha",
+    "lr": "learning rate",
+    "text_encoder_lr": "learning rate of the text encoders",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
+    "resolution": "resolution",
+    "prior": "prior preservation",
+    "min_snr_gamma": "min-SNR gamma",
+    "ema": "EMA decay",
+    "precision": "precision",
+    "seed": "seed",
+}
+"""Settings that the card tells, and what it calls them."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    run: Path
+    settings: Mapping[str, Any]
+    """By table, as in settings.toml"""
+    log: tuple[Mapping[str, Any], ...]
+    """The lines of log.jsonl"""
+
+    @cached_property
+    def flat(self) -> dict[str, Any]:
+        """The settings by name."""
+        return dict(provenance.leaves(self.settings))
+
+    @property
+    def adapter(self) -> Path | None:
+        """The adapter; None where a whole model was trained."""
+        return self.run / ADAPTER if (self.run / ADAPTER).is_file() else None
+
+    @property
+    def result(self) -> list[Path]:
+        """The files of what was trained."""
+        if self.adapter is not None:
+            return [self.adapter]
+        return sorted(path for path in (self.run / MODEL).rglob("*") if path.is_file())
+
+    @property
+    def concepts(self) -> list[Mapping[str, Any]]:
+        """What was learned: the table `data`, and those of `concepts`."""
+        return [self.settings.get("data") or {}, *(self.settings.get("concepts") or ())]
+
+    @property
+    def words(self) -> list[str]:
+        """The triggers, or else the prompts that stand for all captions."""
+        for name in ("trigger", "prompt"):
+            if words := [str(one[name]) for one in self.concepts if one.get(name)]:
+                return list(dict.fromkeys(words))
+        return []
+
+    @property
+    def prompts(self) -> list[str]:
+        """What the run drew its samples of, or was trained with."""
+        drawn = self.flat.get("sample_prompts") or [one["prompt"] for one in self.concepts if one.get("prompt")]
+        return list(dict.fromkeys(map(str, drawn))) or self.words
+
+    @property
+    def spoken(self) -> str:
+        """All that the settings tell in words."""
+        tables = [self.flat, *self.concepts]
+        told = [table[name] for table in tables for name in SPOKEN if table.get(name)]
+        return "\n".join(" ".join(one) if isinstance(one, list) else str(one) for one in told)
+
+    @cached_property
+    def model(self) -> str:
+        """The base as it may be told: a hub name, `toybox`, or `local`. An adapter's header knows it best."""
+        told = json.loads(self.header.get("finetune", "{}"))
+        return str(told.get("model") or provenance.public_model(str(self.flat.get("model") or "")))
+
+    @property
+    def base(self) -> str | None:
+        """The base's hub name; None for `toybox`, and for what lies on this machine."""
+        return self.model if "/" in self.model else None
+
+    @property
+    def embedded(self) -> bool:
+        return self.model == "toybox"
+
+    @cached_property
+    def header(self) -> dict[str, str]:
+        """What the adapter's file says of itself."""
+        return weights.read_metadata(self.adapter) if self.adapter else {}
+
+    @property
+    def training(self) -> dict[str, str]:
+        """What the card tells of the training, by name."""
+        counted = {"pictures": self.header.get("ss_num_train_images"), "size": self.header.get("modelspec.resolution")}
+        told = {name: value for name, value in counted.items() if value}
+        told |= {title: _said(self.flat[name]) for name, title in TABLE.items() if _is_set(self.flat.get(name))}
+        if self.log:
+            told["time of its steps"] = str(timedelta(seconds=round(sum(float(line["seconds"]) for line in self.log))))
+        return told
+
+    @property
+    def held_out(self) -> dict[int, float]:
+        """Loss on the held-out pictures by step."""
+        return {line["step"]: line["validation"] for line in self.log if line.get("validation") is not None}
+
+
+def read(run: Path) -> Facts:
+    """Raises Fault where there is no run, or one that is not finished."""
+    if not run.is_dir():
+        raise Fault(f"{run}: there is no such folder. Name a run's folder, the --output of a training.")
+    if not (run / ledger.SETTINGS).is_file():
+        raise Fault(f"{run}: no run: it has no {ledger.SETTINGS}. Name the --output of a training.")
+    entry = ledger.seen(run)
+    if entry is None or entry.state != "finished":
+        how = f"{entry.state}, {entry.step} of {entry.steps} steps" if entry else "without run.json"
+        raise Fault(f"{run}: the run is not finished ({how}). Go on: `finetune train --output {run} --resume`.")
+    facts = Facts(
+        run, tomllib.loads((run / ledger.SETTINGS).read_text(encoding="utf-8")), tuple(_log(run / ledger.LOG))
+    )
+    if not facts.result:
+        raise Fault(f"{run}: what was trained is not there any more: neither {ADAPTER} nor {MODEL}.")
+    return facts
+
+
+def _log(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def _is_set(value: Any) -> bool:
+    return value not in (None, [], "auto") and not (isinstance(value, float) and value == 0.0)
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(_said, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

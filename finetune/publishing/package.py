@@ -1,0 +1,221 @@
+"""The folder that is published: made whole beside its name, then renamed; `checksums.txt` over all that is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune import disk
+from finetune.errors import Fault
+from finetune.publishing.facts import MODEL, Facts
+
+if TYPE_CHECKING:
+    from finetune.families import Family
+    from finetune.publishing.drawing import Track
+
+CARD, CHECKSUMS, RECORD = "README.md", "checksums.txt", ".publish.json"
+"""The record of what the folder was made of stays here."""
+DIFFUSERS = "pytorch_lora_weights.safetensors"
+"""What diffusers looks for where only the repository is named (`load_lora_weights`)."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the folder is to be like."""
+
+    repo: str
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    guidance: float
+    size: int | None
+    dtype: str
+    base: str | None
+    license: str | None
+    title: str | None
+    description: str | None
+    single_file: bool
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        return self.repo.partition("/")[2]
+
+
+def is_made(folder: Path, wish: Wish, facts: Facts, overwrite: bool) -> bool:
+    """Whether the folder is there, made with the same wish of the same run, and is to stay.
+
+    Raises Fault where something else is there, and where it would have to be written over without being asked.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise Fault(f"{folder}: `publish` did not make what is there. Name another --output.") from None
+    if not overwrite and record != _record(wish, facts):
+        before = record.get("wish", {})
+        changed = [f"{name}: {before.get(name)}, now {value}" for name, value in _plain(wish).items()
+                   if before.get(name) != value]  # fmt: skip
+        raise Fault(
+            f"{folder}: was made with other settings, or of another state of the run. --overwrite makes it anew.",
+            changed,
+        )
+    return not overwrite
+
+
+def make(folder: Path, wish: Wish, facts: Facts, track: Track) -> None:
+    """Raises Failure, and leaves what was at `folder`, when a file does not load back equal."""
+    from finetune.publishing.card import card
+
+    beside = folder.with_name(f".unfinished-{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        (beside / "images").mkdir(parents=True)
+        release = _fill(beside, wish, facts, track)
+        disk.write_text(beside / CARD, card(release))
+        disk.write_text(beside / RECORD, json.dumps(_record(wish, facts)) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def files(folder: Path) -> list[Path]:
+    """All that would be sent, the checksums renewed: whoever looked at the folder may have changed its card."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in found]
+    disk.write_text(folder / CHECKSUMS, "".join(lines))
+    return [*found, folder / CHECKSUMS]
+
+
+def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
+    """Weights, pictures and sidecars. Returns what the card is made of."""
+    from finetune import engine, families, sampling
+    from finetune.publishing import drawing, sidecar
+    from finetune.publishing.release import Release
+
+    table = facts.settings["model"] if facts.adapter else {"model": str(facts.run / MODEL)}
+    source = families.Source(**table)
+    family = families.load(source, engine.dtype("auto"), engine.device())
+    from_noise = bool(facts.adapter and facts.flat.get("zero_terminal_snr"))
+    if from_noise:
+        sampling.begin_at_noise(family)
+    kept = _adapter_files(folder, wish, facts, family) if facts.adapter else _model_files(folder, wish, facts, family)
+    drawn_with = folder / DIFFUSERS if facts.adapter else None
+    brush = drawing.Brush(
+        family, facts.model if facts.adapter else wish.repo, table.get("revision"), drawn_with,
+        wish.steps, wish.guidance, wish.size, from_noise,
+    )  # fmt: skip
+    drawn = drawing.samples(brush, folder, wish.prompts, wish.seeds, track)
+    strength = drawing.strengths(brush, folder, wish.prompts[0], wish.seeds[0], track) if facts.adapter else None
+
+    edition = family.edition()
+    known = family.condition_shapes()["text"][-1] == edition.width
+    given = facts.flat
+    release = Release(
+        repo=wish.repo,
+        title=wish.title or given.get("title") or wish.name,
+        adapts=facts.adapter is not None,
+        base=wish.base or facts.base,
+        revision=given.get("revision"),
+        family=edition.title,
+        tag=edition.tag,
+        site=edition.site if known else "Other",
+        webui=edition.webui if known else "Unknown",
+        words=facts.words,
+        license=_license(wish.license or given.get("license"), wish.base or facts.base),
+        files=kept,
+        drawn=drawn,
+        drawing={"scheduler": brush.scheduler, "steps": str(wish.steps), "guidance": f"{wish.guidance:g}"},
+        strength=strength,
+        training=facts.training,
+        held_out=facts.held_out,
+        description=wish.description or given.get("description"),
+        author=given.get("author"),
+        tags=given.get("tags") or (),
+        embedded=facts.embedded,
+        from_noise=from_noise,
+    )
+    if release.adapts:
+        shutil.copy(folder / drawn[0].file, folder / f"{wish.name}.preview.png")
+        sidecar.write(folder, release, folder / f"{wish.name}.safetensors")
+    return release
+
+
+def _adapter_files(folder: Path, wish: Wish, facts: Facts, family: Family) -> dict[str, str]:
+    """The adapter by each program's names, each loaded back. The one for diffusers stays on the model."""
+    from finetune import engine, export
+    from finetune.export import formats
+    from finetune.publishing.drawing import ADAPTER
+
+    assert facts.adapter is not None
+    adapter, dtype = formats.read(facts.adapter), engine.DTYPES[wish.dtype]
+    kept = {f"{wish.name}.safetensors": "kohya", DIFFUSERS: "diffusers"}
+    for name, form in kept.items():
+        export.convert(adapter, folder / name, form, metadata=adapter.metadata, dtype=dtype, family=type(family))
+        export.attach(family, folder / name, ADAPTER if form == "diffusers" else form)
+        if form != "diffusers":
+            family.pipeline.delete_adapters(form)
+    return {name: formats.FORMATS[form].title for name, form in kept.items()}
+
+
+def _model_files(folder: Path, wish: Wish, facts: Facts, family: Family) -> dict[str, str]:
+    """The diffusers folder as the run wrote and verified it: its weights linked, where the disk can, not copied. Where
+    it is wished for, the same as one file."""
+    for file in facts.result:
+        target = folder / file.relative_to(facts.run / MODEL)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, target)
+        except OSError:
+            shutil.copy(file, target)
+    kept = {"model_index.json": "the whole model, as diffusers loads it"}
+    if not wish.single_file:
+        return kept
+    from finetune import engine, export
+    from finetune.export import metadata
+
+    name = f"{wish.name}.safetensors"
+    told = metadata.of_run(family, facts.settings, None)
+    export.single_file(family, folder / name, dtype=engine.DTYPES[wish.dtype], metadata=told)
+    return {name: "the whole model as one checkpoint: A1111, ComfyUI, Forge, InvokeAI, diffusers", **kept}
+
+
+def _license(given: str | None, base: str | None) -> dict[str, str]:
+    """As given, or the base's, where the hub can be asked; else none."""
+    if given:
+        known = re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", given.lower())
+        return {"license": given.lower()} if known else {"license": "other", "license_name": " ".join(given.split())}
+    if base is None:
+        return {}
+    from huggingface_hub import HfApi
+
+    try:
+        data = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None).model_info(base, timeout=10).card_data
+    except Exception:  # offline, unknown, gated: it is not known then
+        return {}
+    told = data.to_dict() if data else {}
+    return {name: str(told[name]) for name in ("license", "license_name", "license_link") if told.get(name)}
+
+
+def _record(wish: Wish, facts: Facts) -> dict[str, Any]:
+    states = [(path.stat().st_size, path.stat().st_mtime_ns) for path in facts.result]
+    return {"wish": _plain(wish), "run": hashlib.sha256(json.dumps(states).encode()).hexdigest()}
+
+
+def _plain(wish: Wish) -> Mapping[str, Any]:
+    return dict(json.loads(json.dumps(vars(wish))))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
