@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from finetune import class_pictures, cli, generate, loop, memory, sampling, shelf, weights
+from finetune import class_pictures, cli, generate, loop, memory, sampling, shelf
 from finetune.config import parse
+from finetune.export import stream
 from finetune.families import Source
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 8 GiB")
@@ -84,7 +85,7 @@ def test_in_training_the_state_is_kept_and_goes_on_with_less(
         (Source, "_load", CPU, "loading the model", "--precision bf16"),
         (class_pictures, "sample", MemoryError(), "drawing class pictures", "--prior-from base"),
         (sampling, "sample", MPS, "sampling", "--sample-every 0"),
-        (weights, "save_tensors", OSError(12, "Cannot allocate memory"), "exporting", "less beside it"),
+        (stream, "write", OSError(12, "Cannot allocate memory"), "exporting", "less beside it"),
     ],
 )
 def test_elsewhere_it_is_said_where_and_what_helps_there(

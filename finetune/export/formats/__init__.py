@@ -26,12 +26,14 @@ class Format:
     """Whether a file with tensors of these names is of the format."""
     read: Callable[[File], Adapter]
     entries: Callable[[Adapter, type[Family], torch.dtype | None], dict[str, Entry]]
+    told: Callable[[Adapter], Adapter]
+    """The adapter with the alphas that its file has."""
     metadata: Callable[[Adapter, type[Family]], dict[str, str]]
     """What the format itself keeps in the header."""
 
 
 FORMATS = {
-    name: Format(title, module.knows, module.read, module.entries, module.metadata)
+    name: Format(title, module.knows, module.read, module.entries, module.told, module.metadata)
     for name, title, module in (
         ("diffusers", "diffusers and PEFT", diffusers),
         ("kohya", "A1111, ComfyUI, Forge, InvokeAI, sd-scripts, diffusers", kohya),
@@ -77,7 +79,7 @@ def write(
     """
     kind, made = family or known_family(adapter), FORMATS[name]
     base = headers.of_edition(edition(adapter, kind, metadata))
-    known = {**base, **headers.passed_on(metadata), **headers.of_layers(adapter)}
+    known = {**base, **headers.passed_on(metadata), **headers.of_layers(made.told(adapter))}
     header = {"format": "pt", **known, **made.metadata(adapter, kind)}
     stream.write(path, made.entries(adapter, kind, dtype), header, hashed=hashes.BLANKS)
 

@@ -79,6 +79,10 @@ def entries(adapter: Adapter, family: type[Family], dtype: torch.dtype | None) -
     return made
 
 
+def told(adapter: Adapter) -> Adapter:
+    return adapter
+
+
 def metadata(adapter: Adapter, family: type[Family]) -> dict[str, str]:
     """The least of PEFT's configuration that gives the same adapter; a field that a reader's PEFT lacks is refused."""
     fields: dict[str, Any] = {}

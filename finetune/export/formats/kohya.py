@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -77,6 +78,11 @@ def entries(adapter: Adapter, family: type[Family], dtype: torch.dtype | None) -
             made[f"{name}.{tensor}"] = layer.entry(tensor, shape, dtype, times)
         made[f"{name}.alpha"] = Entry((), torch.float32, lambda: torch.tensor(common))
     return made
+
+
+def told(adapter: Adapter) -> Adapter:
+    common = _common_alpha(adapter)
+    return replace(adapter, layers=[replace(layer, alpha=common) for layer in adapter])
 
 
 def metadata(adapter: Adapter, family: type[Family]) -> dict[str, str]:
