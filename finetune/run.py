@@ -27,8 +27,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from finetune import checkpoints, data, disk, ema, engine, families, ledger, optim, sharding, signals
 from finetune import config as configuration
-from finetune import data, disk, ema, engine, families, optim, sharding, signals
 from finetune.adapters import Group
 from finetune.data import Item
 from finetune.data.encoding import Turn
@@ -43,6 +43,8 @@ from finetune.weights import said
 
 Piece = TypeVar("Piece")
 LOGS = "logs"
+UNTOLD = (LOGS, checkpoints.FOLDER, ledger.LOCK)
+"""What of a run's folder is nobody's product"""
 
 
 class Run:
@@ -207,7 +209,8 @@ class Run:
                 state = f"loss {report.loss:.4f}  lr {report.lr:.2e}  {report.seconds:.2f} s/step{_held(training)}"
                 progress.update(task, completed=report.step, state=state)
                 if not self.console.is_terminal and self._worth_a_line(report.step):
-                    self.console.print(f"step {report.step}/{self.train.steps}  {state}{_left(progress.tasks[task])}")
+                    line = f"step {report.step}/{self.train.steps}  {state}{_left(progress.tasks[task])}"
+                    self.console.print(line, soft_wrap=True)
                 told = {name: value for name, value in vars(report).items() if value is not None}
                 log.write(json.dumps({**told, "time": time.time()}) + "\n")
                 log.flush()
@@ -229,8 +232,9 @@ class Run:
         """Say what was written, and the command that uses it."""
         self.keeper.end("finished")
         table = Table.grid(padding=(0, 2))
-        for file in sorted(path for path in self.folder.rglob("*") if path.is_file() and LOGS not in path.parts):
-            table.add_row(Text(str(file.relative_to(self.folder)), overflow="fold"), said(file.stat().st_size))
+        names = [path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        for name in (name for name in names if name.parts[0] not in UNTOLD):
+            table.add_row(Text(str(name), overflow="fold"), said((self.folder / name).stat().st_size))
         self.console.print(Text(f"\nWritten to {self.folder}, loaded back and found equal:", overflow="fold"), table)
         self.console.print(Text(f"\nUse it:\n  {usage}"), soft_wrap=True)
 

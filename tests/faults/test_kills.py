@@ -1,7 +1,7 @@
 """A training is killed at random moments and goes on each time: nothing is unusable, nothing differs, little is lost.
 
 The kills are those of `driver.py`, which runs as a process of its own: it forks trainings, and a test's process has
-threads. `FINETUNE_KILLS=200 pytest -m slow tests/faults/test_kills.py` kills that often; `-s` shows the figures.
+threads. `pytest -m slow -n 0 -s tests/faults/test_kills.py` kills 200 times and shows the figures.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def require(figures: dict[str, Any], kills: int) -> None:
 
 
 def test_killed_trainings_end_as_if_they_had_not_been(tmp_path: Path) -> None:
-    require(drive(tmp_path / "killed", 3, seed=3), 3)
+    require(drive(tmp_path / "killed", 20, seed=3), 20)
 
 
 @pytest.mark.slow
 def test_many_kills(tmp_path: Path) -> None:
     """They fall into every phase; which ones is a matter of chance, but into none but one it never is."""
-    kills = int(os.environ.get("FINETUNE_KILLS", "20"))
+    kills = int(os.environ.get("FINETUNE_KILLS", "200"))
     figures = drive(tmp_path / "killed", kills, seed=4)
     require(figures, kills)
     assert len(figures["fell"]) >= 3
