@@ -1,4 +1,4 @@
-"""Weight files: safetensors only, looked at before they are loaded, written whole or not at all.
+"""Weight files: safetensors only, looked at before they are loaded.
 
 A safetensors file is 8 bytes with the header's length N (little endian), N bytes of JSON that names each tensor's
 type, shape and place, and the tensors' bytes without a gap (https://github.com/huggingface/safetensors, "Format").
@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import Failure, Fault
+from finetune.errors import Fault
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -100,23 +97,6 @@ def check_finite(named: Mapping[str, nn.Module]) -> None:
     if bad:
         listed = bad[:10] + ([f"... and {len(bad) - 10} more"] if len(bad) > 10 else [])
         raise Fault("the model holds NaN or infinite weights: its files are damaged. Take another copy.", listed)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file: beside, synced, then renamed, so that `path` is never a part of a file.
-
-    The same tensors and metadata give the same bytes. Raises Failure when a value is NaN or infinite or when it
-    cannot be written; what was at `path` before is kept then.
-    """
-    bad = [text for name, tensor in tensors.items() if (text := _not_finite(name, tensor))]
-    if bad:
-        raise Failure(f"{path}: not written, because what was trained holds NaN or infinite values.", bad)
-    parts = _serialized(tensors, metadata or {})
-    try:
-        _write_whole(path, parts)
-    except OSError as error:
-        size = sum(map(len, parts))
-        raise Failure(f"{path}: cannot be written ({error.strerror}); {size / 1e6:.1f} MB are needed there.") from error
 
 
 def said(size: int) -> str:
@@ -272,52 +252,6 @@ def _not_finite(name: str, tensor: Tensor) -> str | None:
     if finite.all():
         return None
     return f"{name}: {int((~finite).sum()):,} of {tensor.numel():,} values are NaN or infinite"
-
-
-def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
-    """The file's parts. The library writes the metadata in an order that changes from run to run: here it is sorted."""
-    import safetensors.torch
-
-    whole = safetensors.torch.save(
-        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    )
-    length = struct.unpack("<Q", whole[:8])[0]
-    return [header_bytes(json.loads(whole[8 : 8 + length]), metadata), memoryview(whole)[8 + length :]]
-
-
-def _write_whole(path: Path, parts: list[bytes | memoryview]) -> None:
-    """Write beside, sync, rename: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o666 & ~_umask())  # as any file the user writes; mkstemp's are private
-        os.replace(beside, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(beside)
-        raise
-    _sync_folder(path.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """The rename itself reaches the disk. Not every file system and system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _one_line(error: Exception) -> str:

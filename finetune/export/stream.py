@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune import weights
+from finetune import disk, weights
 from finetune.errors import Failure
 from finetune.export import hashes
 
@@ -49,7 +49,7 @@ def write(
     told = {**(metadata or {"format": "pt"}), **{name: hashes.BLANKS[name] for name in hashed}}
     digest = hashes.Digest(table, told)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with disk.written(path), path.open("wb") as file:
         file.write(weights.header_bytes(table, told))
         for name in order:
             tensor = entries[name].make().detach().to("cpu", entries[name].dtype).contiguous()
@@ -57,7 +57,7 @@ def write(
                 raise ValueError(f"{name}: {tuple(tensor.shape)} instead of {entries[name].shape}")
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise Failure(f"{path}: not written: {name} holds values that {tensor.dtype} cannot hold, or NaN.")
-            piece = tensor.reshape(-1).view(torch.uint8).numpy().data
+            piece = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
             file.write(piece)
             if hashed:
                 digest.update(piece)

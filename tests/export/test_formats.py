@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune import export, families, weights
+from finetune import export, families
 from finetune.adapters import NAME
 from finetune.errors import Fault
 from finetune.export import compare, formats
@@ -288,7 +288,7 @@ def test_what_a_file_is_for_is_told_by_its_layers_alone(
     file = tmp_path / "a.safetensors"
     formats.write(file, carried(family, NAME), form, {})
     assert formats.read(file).family == type(family.pipeline).__name__  # its header says so
-    weights.save_tensors(file, load_file(file))
+    save_file(load_file(file), file)
     assert formats.read(file).family == ("StableDiffusionXLPipeline" if kind == "sdxl" else None)
 
 

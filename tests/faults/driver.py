@@ -31,7 +31,7 @@ TESTS = Path(__file__).resolve().parents[1]
 EVERY = 2
 """Steps from checkpoint to checkpoint."""
 STEPS = 12
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds after which a training hangs."""
 MOMENTS = {
     "drawing": ("cache", "class-pictures/*/*.png"),

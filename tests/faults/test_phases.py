@@ -11,9 +11,10 @@ import pytest
 import tiny_captioners
 from driver import Place
 
-from finetune import class_pictures, cli, ledger, loop, weights
+from finetune import class_pictures, cli, ledger, loop
 from finetune.data import captioning
 from finetune.data.checking import looks
+from finetune.export import stream
 from finetune.families import base, source
 
 Ended = Callable[..., tuple[int, str]]
@@ -82,7 +83,7 @@ def test_while_caching_resume_goes_on(place: Place, monkeypatch: pytest.MonkeyPa
 
 def test_while_exporting_the_run_is_finished(place: Place, monkeypatch: pytest.MonkeyPatch, ended: Ended) -> None:
     """Nothing but the export is left, which is short: it is done, and the run is as if nobody had asked."""
-    asked_in(monkeypatch, weights, "save_tensors")
+    asked_in(monkeypatch, stream, "write")
     assert ended(*place.start()) == (0, "")
     entry = ledger.seen(place.run)
     assert entry is not None and entry.state == "finished" and place.product()

@@ -23,6 +23,7 @@ from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 from finetune import weights
 from finetune.cli import main
@@ -313,7 +314,7 @@ def plant_exif(folder: Path) -> None:
 def plant_header(folder: Path) -> None:
     file = folder / "sks-house.safetensors"
     tensors = weights.load_tensors(file)
-    weights.save_tensors(file, tensors, {**weights.read_metadata(file), "modelspec.author": f"/srv/{USER}/x"})
+    save_file(tensors, file, {**weights.read_metadata(file), "modelspec.author": f"/srv/{USER}/x"})
 
 
 def plant_bytes(folder: Path) -> None:
@@ -388,7 +389,7 @@ def test_what_makes_no_sense(run: Path, tmp_path: Path, refused: Callable[..., s
     file = hub_run / "adapter.safetensors"
     header = weights.read_metadata(file)
     own = json.dumps({**json.loads(header["finetune"]), "model": "toybox"})
-    weights.save_tensors(file, weights.load_tensors(file), {**header, "finetune": own})
+    save_file(weights.load_tensors(file), file, {**header, "finetune": own})
     said = refused(["publish", str(hub_run), "--repo", REPO, "--base-model", "a/b"])
     assert "the run tells its base itself: toybox" in said
     (tmp_path / "other").mkdir()
