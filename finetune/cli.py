@@ -175,6 +175,7 @@ VERBS = {
     "demo": Verb("see it work: a subject learned in minutes, before and after in one picture", _page("finetune.demo")),
     "train": Verb("train a recipe on your pictures", _train),
     "generate": Verb("draw pictures with a model and adapters", _page("finetune.generate")),
+    "grid": Verb("a table of pictures: prompts, checkpoints, strengths, ...", _page("finetune.commands.grid")),
     "inspect": Verb("what a weight file is: kind, ranks, trigger, metadata", _page("finetune.commands.inspect")),
     "verify": Verb("is an adapter whole, and what does each program load of it", _page("finetune.commands.verify")),
     "export": Verb("write what was trained in the formats that programs read", _page("finetune.commands.export")),

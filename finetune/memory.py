@@ -24,6 +24,7 @@ SAYINGS = (
 )
 PHASES = {
     "finetune.generate": "drawing",
+    "finetune.commands.grid": "drawing",
     "finetune.previews": "sampling",
     "finetune.class_pictures": "drawing class pictures",
     "finetune.data.encoding": "encoding pictures and captions",

@@ -151,6 +151,7 @@ def _parameters(told: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]]) 
         "CFG scale": told.get("guidance"),
         "Seed": told.get("seed"),
         "Size": f"{told['width']}x{told['height']}",
+        "Denoising strength": told.get("strength"),
         "Model": told.get("model"),
     }
     lines = [f"{told.get('prompt', '')}{loras}"]

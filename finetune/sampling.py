@@ -5,16 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from finetune import families, objective
+from finetune import families, objective, prompting
 from finetune.errors import Fault
 from finetune.families import Family
+from finetune.initial import Initial
 from finetune.settings import Loss
 
 FROM_NOISE = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -31,31 +35,87 @@ def sample(
     guidance: float,
     size: int | None = None,
     batch: int = 4,
+    initial: Initial | None = None,
+    weighted: bool = False,
 ) -> list[Image]:
     """One picture for each (prompt, seed) pair, drawn `batch` at a time.
 
     Each picture's noise comes from a generator of its own, `torch.Generator("cpu").manual_seed(seed)`: it is the
     picture of plain diffusers with that seed, whatever it is drawn together with (to rounding). Adapters act as they
-    are set; the modules' modes are put back. Raises Fault when the size does not fit the model.
+    are set; the modules' modes are put back. With `initial` it is drawn from a picture, in that one's shape. `weighted`
+    reads prompts as `finetune.prompting` says; else they are taken as they are, and cut at 77 tokens. Raises Fault when
+    the size does not fit the model, and when an inpainting checkpoint is not told what to draw anew.
     """
     _require_whole(family)
-    size = _fitting(family, size or family.resolution())
+    side = _fitting(family, size or family.resolution())
     pairs = list(zip(prompts, seeds, strict=True))
+    check(family, initial, steps)
+    if initial is not None:
+        initial = initial.fitted(side, family.pipeline.vae_scale_factor)
     pictures: list[Image] = []
     with torch.no_grad(), inference(family), _precision(family):
-        for start in range(0, len(pairs), batch):
-            part = pairs[start : start + batch]
-            pictures += family.pipeline(
-                prompt=[prompt for prompt, _ in part],
-                # SDXL takes no negative prompt and an empty one differently; no words mean none, as without the option.
-                negative_prompt=[negative] * len(part) if negative else None,
+        if initial is not None and initial.strength == 0:
+            return [_decoded(family, initial.picture)] * len(pairs)
+        pipeline, start = _begin(family, initial, side)
+        for part, words in _batches(family, pairs, negative, batch, weighted):
+            drawn = pipeline(
+                **words,
+                **{name: [image] * len(part) for name, image in start.items() if isinstance(image, Image)},
+                **{name: number for name, number in start.items() if not isinstance(number, Image)},
                 generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in part],
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                height=size,
-                width=size,
             ).images
+            if initial is not None and initial.mask is not None:
+                drawn = [initial.kept(image, family.pipeline.vae_scale_factor) for image in drawn]
+            pictures += drawn
     return pictures
+
+
+Pairs = list[tuple[str, int]]
+"""Prompts and seeds"""
+
+
+def _batches(
+    family: Family, pairs: Pairs, negative: str, batch: int, weighted: bool
+) -> Iterator[tuple[Pairs, dict[str, Any]]]:
+    """What is drawn together, and its prompts as the pipeline takes them.
+
+    Prompts of different lengths in chunks are not drawn together: none is changed by the others' lengths.
+    """
+    if not weighted:
+        for start in range(0, len(pairs), batch):
+            part = pairs[start : start + batch]
+            # SDXL takes no negative prompt and an empty one differently; no words mean none, as without the option.
+            against = [negative] * len(part) if negative else None
+            yield part, {"prompt": [prompt for prompt, _ in part], "negative_prompt": against}
+        return
+    read = {text: prompting.read(family, text) for text in {negative, *(prompt for prompt, _ in pairs)}}
+    for _, alike in groupby(pairs, lambda pair: max(read[pair[0]].length, read[negative].length)):
+        group = list(alike)
+        for start in range(0, len(group), batch):
+            part = group[start : start + batch]
+            yield part, prompting.arguments(family, [read[prompt] for prompt, _ in part], read[negative])
+
+
+def _begin(family: Family, initial: Initial | None, side: int) -> tuple[Any, dict[str, Any]]:
+    """The pipeline that draws, and what it begins with; pictures are those of one drawing."""
+    if initial is None:
+        return family.pipeline, {"height": side, "width": side}
+    start = {"image": initial.picture, "strength": initial.strength}
+    if initial.mask is None:
+        return families.sibling(family.pipeline, family.from_picture), start
+    start |= {"mask_image": initial.in_cells(family.pipeline.vae_scale_factor)}
+    start |= {"height": initial.picture.height, "width": initial.picture.width}
+    return families.sibling(family.pipeline, family.inpaint), start
+
+
+def _decoded(family: Family, picture: Image) -> Image:
+    """What the VAE makes of a picture."""
+    vae, processor = family.pipeline.vae, family.pipeline.image_processor
+    latents = vae.encode(processor.preprocess(picture).to(vae.device)).latent_dist.mode()
+    [decoded] = processor.postprocess(vae.decode(latents).sample, "pil")
+    return decoded
 
 
 def as_trained(family: Family, loss: Loss) -> None:
@@ -92,22 +152,30 @@ def inference(family: Family) -> Iterator[None]:
 def _precision(family: Family) -> Iterator[None]:
     """Autocast when denoiser and text encoders differ (float32 where they train, bf16 where frozen), as in training.
 
-    The VAE decodes in the precision of its own weights, which may be another.
+    The VAE works in the precision of its own weights, which may be another, and which no pipeline changes meanwhile.
     """
-    vae, decode = family.pipeline.vae, family.pipeline.vae.decode
+    vae, encode, decode = family.pipeline.vae, family.pipeline.vae.encode, family.pipeline.vae.decode
+    upcast = vae.config.force_upcast
 
-    def in_own_precision(latents: Tensor, *args: Any, **options: Any) -> Any:
+    def decode_in_own(latents: Tensor, *args: Any, **options: Any) -> Any:
         with torch.autocast(vae.device.type, enabled=False):
             return decode(latents.to(_dtype(vae)), *args, **options)
 
+    def encode_in_own(pictures: Tensor, *args: Any, **options: Any) -> Any:
+        with torch.autocast(vae.device.type, enabled=False):
+            parameters = encode(pictures.to(_dtype(vae)), *args, **options).latent_dist.parameters
+        return AutoencoderKLOutput(DiagonalGaussianDistribution(parameters.to(pictures.dtype)))
+
     predicting = {_dtype(part) for part in (families.denoiser(family), *families.text_encoders(family).values())}
     lowest = min(predicting, key=lambda dtype: dtype.itemsize)
-    vae.decode = in_own_precision
+    vae.encode, vae.decode = encode_in_own, decode_in_own
+    vae.register_to_config(force_upcast=False)
     try:
         with nullcontext() if len(predicting) == 1 else torch.autocast(vae.device.type, dtype=lowest):
             yield
     finally:
-        del vae.decode
+        vae.register_to_config(force_upcast=upcast)
+        del vae.encode, vae.decode
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -120,6 +188,19 @@ def _fitting(family: Family, size: int) -> int:
         nearest = max(round(size / factor), 1) * factor
         raise Fault(f"size {size}: this model draws sides that are multiples of {factor}; the nearest is {nearest}.")
     return size
+
+
+def check(family: Family, initial: Initial | None, steps: int) -> None:
+    """Raises Fault where the model wants to be told what to draw anew, and where no step would be taken."""
+    if families.takes_mask(family) and (initial is None or initial.mask is None):
+        raise Fault(
+            "the model is an inpainting checkpoint, which draws a part of a picture anew: give it the picture (--init) "
+            "and what to draw anew (--mask or --extend)."
+        )
+    if initial is not None and initial.strength > 0 and int(steps * initial.strength) < 1:
+        raise Fault(
+            f"--strength {initial.strength:g} of --steps {steps} is less than one step. Take more steps, or strength 0."
+        )
 
 
 def _require_whole(family: Family) -> None:

@@ -33,7 +33,8 @@ def adapters(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
 
 def draw(output: Path, model: Path, *prompts: str, **options: object) -> list[Path]:
-    generate.main(generate.Config(prompts or ("a dog",), Model(str(model)), output=output, **{**QUICK, **options}))
+    asked = {"model": Model(str(model)), "prompt": prompts or ("a dog",), "output": output, **QUICK, **options}
+    generate.main(generate.Config(**asked))
     return sorted(path for path in output.iterdir() if path.name != generate.GRID)
 
 

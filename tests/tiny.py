@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -11,7 +12,9 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -57,9 +60,10 @@ def vae() -> AutoencoderKL:
     )
 
 
-def unet_sd(text_width: int) -> UNet2DConditionModel:
+def unet_sd(text_width: int, channels: int = 4) -> UNet2DConditionModel:
     """Stable Diffusion 1.5's four levels, two layers a block."""
     return UNet2DConditionModel(
+        in_channels=channels,
         sample_size=SIDE // 8,
         block_out_channels=(8, 8, 16, 16),
         norm_num_groups=4,
@@ -68,9 +72,10 @@ def unet_sd(text_width: int) -> UNet2DConditionModel:
     )
 
 
-def unet_sdxl(text_width: int, pooled: int) -> UNet2DConditionModel:
+def unet_sdxl(text_width: int, pooled: int, channels: int = 4) -> UNet2DConditionModel:
     """SDXL's three levels, linear projections, size and pooled-text embedding."""
     return UNet2DConditionModel(
+        in_channels=channels,
         sample_size=SIDE // 8,
         block_out_channels=(8, 16, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -133,11 +138,23 @@ KINDS: dict[str, Callable[[], DiffusionPipeline]] = {
 }
 
 
+def _inpainting(kind: str, made: Any, unet: UNet2DConditionModel) -> DiffusionPipeline:
+    """An inpainting checkpoint: nine channels, of noise, mask and masked picture."""
+    return made(**{**KINDS[kind]().components, "unet": unet})
+
+
+INPAINTING: dict[str, Callable[[], DiffusionPipeline]] = {
+    "sd-inpainting": lambda: _inpainting("sd", StableDiffusionInpaintPipeline, unet_sd(16, 9)),
+    "sdxl-inpainting": lambda: _inpainting("sdxl", StableDiffusionXLInpaintPipeline, unet_sdxl(16 + 24, 24, 9)),
+}
+"""Checkpoints that only draw"""
+
+
 def pipeline(kind: str) -> DiffusionPipeline:
     """The same random weights every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = KINDS[kind]()
+        made = {**KINDS, **INPAINTING}[kind]()
     made.set_progress_bar_config(disable=True)
     return made
 

@@ -11,13 +11,24 @@ import torch
 from diffusers import DiffusionPipeline
 
 from finetune.errors import Fault
-from finetune.families.base import Conditions, Family, denoiser, freeze, modules, text_encoders, tokenizers
+from finetune.families.base import (
+    Conditions,
+    Family,
+    denoiser,
+    freeze,
+    modules,
+    sibling,
+    takes_mask,
+    text_encoders,
+    tokenizers,
+)
 from finetune.families.sd import StableDiffusion
 from finetune.families.sdxl import StableDiffusionXL
 from finetune.families.source import Source
 
 __all__ = [
     "FAMILIES",
+    "INPAINTING",
     "Conditions",
     "Family",
     "Source",
@@ -28,6 +39,8 @@ __all__ = [
     "modules",
     "release",
     "restore",
+    "sibling",
+    "takes_mask",
     "text_encoders",
     "tokenizers",
     "wrap",
@@ -37,21 +50,33 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
 }
+INPAINTING: dict[str, type[Family]] = {
+    "StableDiffusionInpaintPipeline": StableDiffusion,
+    "StableDiffusionXLInpaintPipeline": StableDiffusionXL,
+}
+"""Checkpoints whose denoiser takes a mask and the masked picture beside the noise: they draw, they are not trained."""
 
 
 def wrap(pipeline: DiffusionPipeline) -> Family:
     """The family of a pipeline that is in memory already."""
-    made: Any = known(type(pipeline).__name__)
+    made: Any = known(type(pipeline).__name__, inpainting=True)
     family: Family = made(pipeline)
     return family
 
 
-def load(source: Source, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Family:
+def load(
+    source: Source,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    inpainting: bool = False,
+) -> Family:
     """The base model on the device, frozen, every weight finite, in the given precision (the VAE in float32).
 
-    Raises Fault when it cannot be found or read, is of an unknown family, or holds NaN or infinite weights.
+    `inpainting`: it may be an inpainting checkpoint. Raises Fault when it cannot be found or read, is of an unknown
+    family, or holds NaN or infinite weights.
     """
-    known(source.pipeline_class())
+    known(source.pipeline_class(), inpainting)
     family = wrap(source.load(dtype).to(device))
     freeze(family)
     return family
@@ -75,8 +100,18 @@ def restore(family: Family, source: Source, dtype: torch.dtype = torch.float32) 
             fresh.components[name].requires_grad_(False).eval()
 
 
-def known(pipeline_class: str) -> type[Family]:
-    """The family of pipelines of this class. Raises Fault for those that are of none."""
+def known(pipeline_class: str, inpainting: bool = False) -> type[Family]:
+    """The family of pipelines of this class. Raises Fault for those that are of none.
+
+    Those of inpainting checkpoints are taken when asked for.
+    """
+    if pipeline_class in INPAINTING:
+        if inpainting:
+            return INPAINTING[pipeline_class]
+        raise Fault(
+            f"the model is a {pipeline_class}, an inpainting checkpoint: `finetune generate --init PICTURE --mask "
+            "MASK` draws with it, nothing else is done with it here. Take the model that it was made of."
+        )
     try:
         return FAMILIES[pipeline_class]
     except KeyError:

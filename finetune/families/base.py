@@ -5,6 +5,7 @@ A family wraps a diffusers pipeline: loading, prompt encoding, sampling and savi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from finetune.families.checkpoint import Part
 from finetune.families.original import Layout
 from finetune.objective import Diffusion, Objective
+from finetune.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,10 @@ class Family(Protocol):
     """The same for the text encoders."""
     published: ClassVar[Published]
     """Its names in adapter files."""
+    from_picture: ClassVar[type[DiffusionPipeline]]
+    """diffusers' pipeline of the same parts that draws from a picture (image-to-image)."""
+    inpaint: ClassVar[type[DiffusionPipeline]]
+    """The one that draws a part of a picture anew."""
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -132,6 +138,10 @@ class Family(Protocol):
         """Prompts -> conditions. Gradients flow into the text encoders where they are being trained."""
         ...
 
+    def encode_tokens(self, tokens: Sequence[Tensor]) -> Conditions:
+        """Tokens (B, 77), one tensor for each tokenizer, begin and end included -> conditions, as of prompts."""
+        ...
+
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the conditions of one prompt, told by the denoiser alone: the encoders may be out of memory."""
         ...
@@ -143,6 +153,24 @@ class Family(Protocol):
 
 def denoiser(family: Family) -> nn.Module:
     return getattr(family.pipeline, family.denoiser_name)
+
+
+def takes_mask(family: Family) -> bool:
+    """Whether the denoiser is told the mask and the masked picture as further channels: an inpainting checkpoint."""
+    part: Any = denoiser(family)
+    return int(part.config.in_channels) == 2 * int(family.pipeline.vae.config.latent_channels) + 1
+
+
+def sibling(pipeline: Any, kind: Any) -> Any:
+    """Another of diffusers' pipelines of the very same parts and settings; the pipeline itself where it is of that."""
+    if isinstance(pipeline, kind):
+        return pipeline
+    taken = inspect.signature(kind.__init__).parameters
+    settings = {name: pipeline.config[name] for name in taken if name in pipeline.config}
+    with quiet():
+        made = kind(**{**settings, **pipeline.components})
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 def text_encoders(family: Family) -> dict[str, nn.Module]:

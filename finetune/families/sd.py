@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 from transformers import CLIPTextModel
 
@@ -55,6 +61,9 @@ class StableDiffusion:
         classes={"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel},
     )
 
+    from_picture: ClassVar[type[DiffusionPipeline]] = StableDiffusionImg2ImgPipeline
+    inpaint: ClassVar[type[DiffusionPipeline]] = StableDiffusionInpaintPipeline
+
     def edition(self) -> Edition:
         """Version 2 attends to a wider text; a version 1 may predict the velocity too."""
         first, second, velocity = EDITIONS
@@ -94,6 +103,10 @@ class StableDiffusion:
         device = self.pipeline.text_encoder.device
         text, _ = self.pipeline.encode_prompt(list(prompts), device, 1, do_classifier_free_guidance=False)
         return {"text": text}
+
+    def encode_tokens(self, tokens: Sequence[Tensor]) -> Conditions:
+        encoder = self.pipeline.text_encoder
+        return {"text": encoder(tokens[0].to(encoder.device))[0]}
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"text": (77, self.pipeline.unet.config.cross_attention_dim)}

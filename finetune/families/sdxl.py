@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -65,6 +72,9 @@ class StableDiffusionXL:
         },
     )
 
+    from_picture: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLImg2ImgPipeline
+    inpaint: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLInpaintPipeline
+
     def edition(self) -> Edition:
         velocity = self.pipeline.scheduler.config.prediction_type == "v_prediction"
         return replace(EDITION, prediction="v" if velocity else "epsilon", resolution=self.resolution())
@@ -96,6 +106,14 @@ class StableDiffusionXL:
             list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"text": text, "pooled": pooled}
+
+    def encode_tokens(self, tokens: Sequence[Tensor]) -> Conditions:
+        encoders = self.pipeline.text_encoder, self.pipeline.text_encoder_2
+        said = [
+            encoder(ids.to(encoder.device), output_hidden_states=True)
+            for encoder, ids in zip(encoders, tokens, strict=True)
+        ]
+        return {"text": torch.cat([one.hidden_states[-2] for one in said], dim=-1), "pooled": said[-1][0]}
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         unet = self.pipeline.unet.config

@@ -164,7 +164,14 @@ def _class_in_file(file: Path) -> str:
         names = list(handle.keys())
         shapes = {name: torch.empty(handle.get_slice(name).get_shape(), device="meta") for name in names}
     kind = infer_diffusers_model_type(shapes)
-    classes = {"v1": "StableDiffusionPipeline", "v2": "StableDiffusionPipeline", "xl_base": "StableDiffusionXLPipeline"}
+    classes = {
+        "v1": "StableDiffusionPipeline",
+        "v2": "StableDiffusionPipeline",
+        "xl_base": "StableDiffusionXLPipeline",
+        "inpainting": "StableDiffusionInpaintPipeline",
+        "inpainting_v2": "StableDiffusionInpaintPipeline",
+        "xl_inpaint": "StableDiffusionXLInpaintPipeline",
+    }
     return classes.get(kind, f"checkpoint of kind {kind!r}")
 
 

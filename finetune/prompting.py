@@ -1,0 +1,173 @@
+r"""Prompts as the field's clients read them: weights, and more than the 77 tokens that a text encoder takes at once.
+
+    prompt = {text | "(" prompt [":" number] ")"}
+
+`(words)` weighs 1.1, `(words:1.3)` what it says, and what is nested is multiplied; `\(`, `\)` and `\\` are the letters
+themselves. As in ComfyUI, a weight w moves each of the words' embeddings z away from what the empty prompt has in that
+place: z' = empty + w (z - empty); and a prompt goes on in further chunks of 75 tokens, no word of up to 8 tokens being
+cut. The denoiser attends to the chunks one behind the other; the pooled embedding is that of the first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune import families
+from finetune.errors import Fault
+from finetune.families import Conditions, Family
+
+USUAL = 1.1
+"""What parentheses without a number weigh"""
+WHOLE = 8
+"""Tokens of the longest word that is not cut where a chunk ends"""
+ARGUMENTS = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
+"""What diffusers' pipelines call the conditions."""
+SYMBOL = re.compile(r"\\[\\()]|[()]|[^\\()]+|\\")
+NUMBER = re.compile(r"(.*):\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*", re.DOTALL)
+Chunk = list[tuple[int, float]]
+"""Tokens with their weights"""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as a family's tokenizers have it."""
+
+    text: str
+    """Without its marks"""
+    weighted: bool
+    chunks: tuple[list[Chunk], ...]
+    """Of each tokenizer"""
+
+    @property
+    def length(self) -> int:
+        """In chunks"""
+        return max(len(chunks) for chunks in self.chunks)
+
+
+def parse(prompt: str) -> list[tuple[str, float]]:
+    """The prompt's texts with their weights. Raises Fault for parentheses that do not match."""
+    open_: list[list[tuple[str, float]]] = [[]]
+    for symbol in SYMBOL.findall(prompt):
+        if symbol == "(":
+            open_.append([])
+        elif symbol != ")":
+            open_[-1].append((symbol[-1] if symbol in (r"\(", r"\)", r"\\") else symbol, 1.0))
+        elif len(open_) == 1:
+            raise _unmatched(prompt, ")")
+        else:
+            inner, weight = _weight(open_.pop())
+            open_[-1] += [(text, own * weight) for text, own in inner]
+    if len(open_) > 1:
+        raise _unmatched(prompt, "(")
+    return _joined(open_[0])
+
+
+def read(family: Family, prompt: str) -> Prompt:
+    """Raises Fault for parentheses that do not match."""
+    parts = parse(prompt)
+    chunks = tuple(_chunks(family, tokenizer, parts) for tokenizer in families.tokenizers(family))
+    text = "".join(text for text, _ in parts)
+    return Prompt(text, any(weight != 1 for _, weight in parts), chunks)
+
+
+def arguments(family: Family, prompts: Sequence[Prompt], negative: Prompt) -> dict[str, Any]:
+    """The prompts as a pipeline takes them: as texts where it understands all of them as they are, else as embeddings.
+
+    All must be of the same length, or none longer than the negative prompt.
+    """
+    if not any(one.weighted or one.length > 1 for one in (*prompts, negative)):
+        # SDXL takes no negative prompt and an empty one differently; no words mean none, as without the option.
+        without = [negative.text] * len(prompts) if negative.text else None
+        return {"prompt": [one.text for one in prompts], "negative_prompt": without}
+    return embeddings(family, prompts, negative)
+
+
+def embeddings(family: Family, prompts: Sequence[Prompt], negative: Prompt) -> dict[str, Tensor]:
+    """The prompts as a pipeline takes them: as embeddings, all as long as the longest."""
+    length = max(one.length for one in (*prompts, negative))
+    positive = _stacked([_encoded(family, one, length) for one in prompts])
+    against = _stacked([_encoded(family, negative, length)] * len(prompts))
+    if not negative.text and family.pipeline.config.get("force_zeros_for_empty_prompt"):
+        against = {name: torch.zeros_like(value) for name, value in against.items()}
+    return {ARGUMENTS[name]: value for name, value in positive.items()} | {
+        f"negative_{ARGUMENTS[name]}": value for name, value in against.items()
+    }
+
+
+def _weight(parts: list[tuple[str, float]]) -> tuple[list[tuple[str, float]], float]:
+    """What stands between parentheses without the number at its end, and the number."""
+    found = NUMBER.fullmatch(parts[-1][0]) if parts else None
+    if found is None:
+        return parts, USUAL
+    return [*parts[:-1], (found[1], parts[-1][1])], float(found[2])
+
+
+def _joined(parts: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Neighbours of the same weight as one."""
+    joined: list[tuple[str, float]] = []
+    for text, weight in parts:
+        if joined and joined[-1][1] == weight:
+            joined[-1] = (joined[-1][0] + text, weight)
+        elif text:
+            joined.append((text, weight))
+    return joined
+
+
+def _chunks(family: Family, tokenizer: Any, parts: Sequence[tuple[str, float]]) -> list[Chunk]:
+    room = tokenizer.model_max_length - 2
+    chunks: list[Chunk] = [[]]
+    for text, weight in parts:
+        for word in text.split():
+            vectors = family.pipeline.maybe_convert_prompt(word, tokenizer)  # textual inversions may be of several
+            tokens = tokenizer(vectors, add_special_tokens=False).input_ids
+            if room - len(chunks[-1]) < len(tokens) <= WHOLE:
+                chunks.append([])
+            for token in tokens:
+                if len(chunks[-1]) == room:
+                    chunks.append([])
+                chunks[-1].append((token, weight))
+    return chunks
+
+
+def _encoded(family: Family, prompt: Prompt, length: int) -> Conditions:
+    """Conditions of one prompt, (1, length * 77, D) and (1, D): it is filled up with empty chunks."""
+    filled = [[*chunks, *[[]] * (length - len(chunks))] for chunks in prompt.chunks]
+    said = family.encode_tokens(_ids(family, filled))
+    if prompt.weighted:
+        empty = family.encode_tokens(_ids(family, [[[]]] * len(filled)))["text"]
+        weights = _weights(filled[0], said["text"])
+        said["text"] = torch.where(weights == 1, said["text"], empty + weights * (said["text"] - empty))
+    return {name: value.flatten(0, 1)[None] if name == "text" else value[:1] for name, value in said.items()}
+
+
+def _ids(family: Family, chunks: Sequence[Sequence[Chunk]]) -> list[Tensor]:
+    """(chunks, 77) of each tokenizer: begin, tokens, end, and the padding that the tokenizer has."""
+    found = []
+    for tokenizer, own in zip(families.tokenizers(family), chunks, strict=True):
+        rows = [[tokenizer.bos_token_id, *(token for token, _ in chunk), tokenizer.eos_token_id] for chunk in own]
+        size, padding = tokenizer.model_max_length, tokenizer.pad_token_id
+        found.append(torch.tensor([row + [padding] * (size - len(row)) for row in rows]))
+    return found
+
+
+def _weights(chunks: Sequence[Chunk], like: Tensor) -> Tensor:
+    """(chunks, 77, 1): 1 at begin, end and padding."""
+    weights = torch.ones(like.shape[:2])
+    for row, chunk in enumerate(chunks):
+        weights[row, 1 : 1 + len(chunk)] = torch.tensor([weight for _, weight in chunk])
+    return weights[..., None].to(like.device, like.dtype)
+
+
+def _stacked(conditions: Sequence[Conditions]) -> Conditions:
+    return {name: torch.cat([one[name] for one in conditions]) for name in conditions[0]}
+
+
+def _unmatched(prompt: str, which: str) -> Fault:
+    other = "never closed" if which == "(" else "never opened"
+    return Fault(f"prompt {prompt!r}: a `{which}` is {other}. For the letter itself write `\\{which}`.")
