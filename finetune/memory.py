@@ -25,6 +25,7 @@ SAYINGS = (
 PHASES = {
     "finetune.generate": "drawing",
     "finetune.commands.grid": "drawing",
+    "finetune.commands.animate": "drawing",
     "finetune.previews": "sampling",
     "finetune.class_pictures": "drawing class pictures",
     "finetune.data.encoding": "encoding pictures and captions",

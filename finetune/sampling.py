@@ -53,7 +53,7 @@ def sample(
     if initial is not None:
         initial = initial.fitted(side, family.pipeline.vae_scale_factor)
     pictures: list[Image] = []
-    with torch.no_grad(), inference(family), _precision(family):
+    with drawing(family):
         if initial is not None and initial.strength == 0:
             return [_decoded(family, initial.picture)] * len(pairs)
         pipeline, start = _begin(family, initial, side)
@@ -133,6 +133,13 @@ def begin_at_noise(family: Family) -> None:
     own = family.pipeline.scheduler
     knows = FROM_NOISE.keys() <= inspect.signature(type(own).__init__).parameters.keys()
     family.pipeline.scheduler = (type(own) if knows else DDIMScheduler).from_config(own.config, **FROM_NOISE)
+
+
+@contextmanager
+def drawing(family: Family) -> Iterator[None]:
+    """What calls the pipeline stands in this: no gradients, evaluation modes, each part in its own precision."""
+    with torch.no_grad(), inference(family), _precision(family):
+        yield
 
 
 @contextmanager
