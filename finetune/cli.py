@@ -177,6 +177,7 @@ VERBS = {
     "generate": Verb("draw pictures with a model and adapters", _page("finetune.generate")),
     "grid": Verb("a table of pictures: prompts, checkpoints, strengths, ...", _page("finetune.commands.grid")),
     "animate": Verb("from prompt to prompt, or along a path: GIF, WebP, MP4", _page("finetune.commands.animate")),
+    "explain": Verb("a film strip of how a picture comes to be, word by word", _page("finetune.commands.explain")),
     "inspect": Verb("what a weight file is: kind, ranks, trigger, metadata", _page("finetune.commands.inspect")),
     "verify": Verb("is an adapter whole, and what does each program load of it", _page("finetune.commands.verify")),
     "export": Verb("write what was trained in the formats that programs read", _page("finetune.commands.export")),

@@ -48,7 +48,7 @@ def main(config: Config) -> None:
     began = time.monotonic()
     import finetune as ft
     from finetune.export import attach
-    from finetune.pictures import grid
+    from finetune.pictures import grid, stacked
     from finetune.signals import Watch
     from finetune.toybox.subjects import SUBJECTS
 
@@ -120,18 +120,6 @@ def judge(folder: Path, prompts: Sequence[str], before: Sequence[Image], after: 
     for what, (scores, note) in rows.items():
         table.add_row(what, *(f"{score:.2f}" for score in scores), note)
     Console().print(table)
-
-
-def stacked(sheets: Sequence[Image]) -> Image:
-    """The sheets below one another, their right sides flush (row labels stand at the left)."""
-    from PIL import Image
-
-    width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
-    page, y = Image.new("RGB", (width, height), "white"), 0
-    for sheet in sheets:
-        page.paste(sheet, (width - sheet.width, y))
-        y += sheet.height
-    return page
 
 
 def opened(path: Path) -> Image:

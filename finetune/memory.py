@@ -26,6 +26,7 @@ PHASES = {
     "finetune.generate": "drawing",
     "finetune.commands.grid": "drawing",
     "finetune.commands.animate": "drawing",
+    "finetune.commands.explain": "drawing",
     "finetune.previews": "sampling",
     "finetune.class_pictures": "drawing class pictures",
     "finetune.data.encoding": "encoding pictures and captions",

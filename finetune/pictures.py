@@ -92,6 +92,16 @@ def grid(
     return sheet
 
 
+def stacked(sheets: Sequence[Image]) -> Image:
+    """The sheets below one another, their right sides flush (row labels stand at the left)."""
+    width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
+    page, y = Images.new("RGB", (width, height), PAPER), 0
+    for sheet in sheets:
+        page.paste(sheet, (width - sheet.width, y))
+        y += sheet.height
+    return page
+
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 

@@ -11,7 +11,7 @@ cut. The denoiser attends to the chunks one behind the other; the pooled embeddi
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,20 +119,40 @@ def _joined(parts: list[tuple[str, float]]) -> list[tuple[str, float]]:
     return joined
 
 
-def _chunks(family: Family, tokenizer: Any, parts: Sequence[tuple[str, float]]) -> list[Chunk]:
-    room = tokenizer.model_max_length - 2
+def places(family: Family, prompt: str) -> list[tuple[str, list[int]]]:
+    """The prompt's words, and where in the embeddings that the denoiser attends to each has its tokens."""
+    tokenizer = families.tokenizers(family)[0]
+    words: list[tuple[str, list[int]]] = []
     chunks: list[Chunk] = [[]]
+    for word, tokens in _laid_out(family, tokenizer, parse(prompt), chunks):
+        words.append((word, [chunk * tokenizer.model_max_length + 1 + place for chunk, place in tokens]))
+    return words
+
+
+def _chunks(family: Family, tokenizer: Any, parts: Sequence[tuple[str, float]]) -> list[Chunk]:
+    chunks: list[Chunk] = [[]]
+    for _ in _laid_out(family, tokenizer, parts, chunks):
+        pass
+    return chunks
+
+
+def _laid_out(
+    family: Family, tokenizer: Any, parts: Sequence[tuple[str, float]], chunks: list[Chunk]
+) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Fill the chunks; gives each word with the chunks and places of its tokens."""
+    room = tokenizer.model_max_length - 2
     for text, weight in parts:
         for word in text.split():
             vectors = family.pipeline.maybe_convert_prompt(word, tokenizer)  # textual inversions may be of several
-            tokens = tokenizer(vectors, add_special_tokens=False).input_ids
+            tokens, where = tokenizer(vectors, add_special_tokens=False).input_ids, []
             if room - len(chunks[-1]) < len(tokens) <= WHOLE:
                 chunks.append([])
             for token in tokens:
                 if len(chunks[-1]) == room:
                     chunks.append([])
+                where.append((len(chunks) - 1, len(chunks[-1])))
                 chunks[-1].append((token, weight))
-    return chunks
+            yield word, where
 
 
 def _encoded(family: Family, prompt: Prompt, length: int) -> Conditions:
