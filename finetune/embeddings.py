@@ -13,6 +13,7 @@ from torch import Tensor
 from finetune import families, weights
 from finetune.errors import Fault
 from finetune.families import Family
+from finetune.quiet import quiet
 
 UNNAMED = ("emb_params", "clip_l", "clip_g")
 """Tensors that clients name by their file: of SD 1.x and 2.x, and of SDXL's two text encoders."""
@@ -44,7 +45,7 @@ def read(path: Path) -> Embedding:
 def require_used(embeddings: Sequence[Embedding], prompts: Sequence[str]) -> None:
     """Raises Fault for an embedding that no prompt names: it would change nothing."""
     for one in embeddings:
-        if not any(re.search(rf"(?<!\w){re.escape(one.word)}(?!\w)", prompt) for prompt in prompts):
+        if not any(re.search(rf"(?<!\w){re.escape(one.word)}(?!\w)", prompt, re.IGNORECASE) for prompt in prompts):
             raise Fault(f"{one.path}: no prompt says its word, so it changes nothing. Its word is {one.word}")
 
 
@@ -61,8 +62,10 @@ def put_on(family: Family, embedding: Embedding) -> None:
     parts = zip(families.tokenizers(family), encoders.values(), embedding.vectors, strict=True)
     for tokenizer, encoder, vectors in parts:
         try:
-            family.pipeline.load_textual_inversion(
-                vectors, token=embedding.word, tokenizer=tokenizer, text_encoder=encoder
-            )
+            # In small letters, as the tokenizers find it: diffusers would take one vector only of a word with capitals.
+            with quiet():
+                family.pipeline.load_textual_inversion(
+                    vectors, token=embedding.word.lower(), tokenizer=tokenizer, text_encoder=encoder
+                )
         except ValueError as error:
             raise Fault(f"{embedding.path}: {error} Rename the file.") from error

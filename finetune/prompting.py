@@ -70,7 +70,7 @@ def parse(prompt: str) -> list[tuple[str, float]]:
 
 def read(family: Family, prompt: str) -> Prompt:
     """Raises Fault for parentheses that do not match."""
-    parts = parse(prompt)
+    parts = _parts(family, prompt)
     chunks = tuple(_chunks(family, tokenizer, parts) for tokenizer in families.tokenizers(family))
     text = "".join(text for text, _ in parts)
     return Prompt(text, any(weight != 1 for _, weight in parts), chunks)
@@ -100,6 +100,15 @@ def embeddings(family: Family, prompts: Sequence[Prompt], negative: Prompt) -> d
     }
 
 
+def _parts(family: Family, prompt: str) -> list[tuple[str, float]]:
+    """The texts with their weights, the words of textual inversions spelled as the tokenizers have them."""
+    parts = parse(prompt)
+    for word in sorted({word for tokenizer in families.tokenizers(family) for word in tokenizer.get_added_vocab()}):
+        spelled, letters = re.compile(re.escape(word), re.IGNORECASE), word.replace("\\", r"\\")
+        parts = [(spelled.sub(letters, text), weight) for text, weight in parts]
+    return parts
+
+
 def _weight(parts: list[tuple[str, float]]) -> tuple[list[tuple[str, float]], float]:
     """What stands between parentheses without the number at its end, and the number."""
     found = NUMBER.fullmatch(parts[-1][0]) if parts else None
@@ -124,7 +133,7 @@ def places(family: Family, prompt: str) -> list[tuple[str, list[int]]]:
     tokenizer = families.tokenizers(family)[0]
     words: list[tuple[str, list[int]]] = []
     chunks: list[Chunk] = [[]]
-    for word, tokens in _laid_out(family, tokenizer, parse(prompt), chunks):
+    for word, tokens in _laid_out(family, tokenizer, _parts(family, prompt), chunks):
         words.append((word, [chunk * tokenizer.model_max_length + 1 + place for chunk, place in tokens]))
     return words
 

@@ -57,6 +57,17 @@ def test_a_word_is_what_diffusers_makes_of_it(
     assert np.abs(ours - np.asarray(theirs).astype(int)).max() <= 1
 
 
+def test_a_word_with_capitals(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    """CLIP's tokenizers know small letters only; the word is found as it is written."""
+    for name in ("MyDog-v2", "mydog-v2"):
+        save_file({"emb_params": vectors(16, 2)}, tmp_path / f"{name}.safetensors")
+    big, small = (
+        drawn(tmp_path / name, tiny_models["sd"], tmp_path / f"{name}.safetensors", f"a {name}, smiling")
+        for name in ("MyDog-v2", "mydog-v2")
+    )
+    assert np.abs(big - small).max() <= 1
+
+
 def test_a_file_may_name_its_word(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     """diffusers' own format."""
     save_file({"<toy>": vectors(16, 2)}, tmp_path / "learned_embeds.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import original
 import pytest
 import tiny
 import torch
@@ -147,6 +148,18 @@ def test_an_inpainting_checkpoint_draws_with_a_mask_only(
         main(["train", "lora", "--model", str(model), "--data", str(tmp_path), "--prompt", "a dog", "--no-prior",
               "--output", str(tmp_path / "run")])  # fmt: skip
     assert stop.value.code == 2 and "an inpainting checkpoint" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("kind", tiny.INPAINTING)
+def test_an_inpainting_checkpoint_in_one_file(
+    kind: str, tmp_path: Path, inpainting_models: dict[str, Path], files: tuple[Path, Path]
+) -> None:
+    file = original.save(tiny.pipeline(kind), tmp_path / "model.safetensors")
+    assert "Inpaint" in Source(str(file)).pipeline_class(), "known by its nine channels"
+    words = ["--init", str(files[0]), "--mask", str(files[1])]
+    one = generate(tmp_path / "one", file, *words, "--model-config", str(inpainting_models[kind]))
+    other = generate(tmp_path / "other", inpainting_models[kind], *words)
+    assert np.abs(pixels(one) - pixels(other)).max() <= 1
 
 
 def test_outpainting_keeps_the_picture_and_draws_around_it(tmp_path: Path) -> None:

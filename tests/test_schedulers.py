@@ -6,13 +6,14 @@ import hashlib
 from pathlib import Path
 from typing import get_args
 
+import live
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image as Images
 
-from finetune import families, sampling, schedulers
+from finetune import export, families, sampling, schedulers
 from finetune.cli import main
 from finetune.families import Source
 from finetune.pictures import read_settings
@@ -45,6 +46,23 @@ def test_generate_takes_a_scheduler_by_name(tmp_path: Path, tiny_models: dict[st
     assert np.abs(np.asarray(Images.open(file)).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
     assert read_settings(file)["scheduler"] == "dpmpp-2m-karras"
     assert "Sampler: dpmpp-2m-karras" in Images.open(file).text["parameters"]
+
+
+def test_one_that_cannot_begin_at_noise_is_refused_where_it_must(
+    tmp_path: Path, tiny_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as PNDM with an adapter that was trained with --zero-terminal-snr; Euler can."""
+    file = tmp_path / "adapter.safetensors"
+    export.adapter(live.adapted(tiny_models["sd-v"]), file, settings={"zero_terminal_snr": True})
+    words = ["--model", str(tiny_models["sd-v"]), "--prompt", "a dog", "--steps", "2", "--adapter", str(file)]
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", *words, "--scheduler", "pndm", "--output", str(tmp_path / "out")])
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    assert "--scheduler pndm cannot begin at pure noise" in " ".join(capsys.readouterr().err.split())
+    main(["generate", *words, "--scheduler", "euler", "--output", str(tmp_path / "out")])
+    [drawn] = (tmp_path / "out").glob("*.png")
+    told = read_settings(drawn)
+    assert told["zero_terminal_snr"] is True and told["scheduler"] == "euler"
 
 
 def test_an_unknown_scheduler_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
