@@ -34,7 +34,8 @@ class Drawing:
     mask: Path | None = None
     """What of --init is drawn anew (inpainting): a picture of its shape, white where it is, black where it stays."""
     extend: tuple[int, ...] = ()
-    """Draw more around --init (outpainting): its own pixels to add to the left, top, right and bottom."""
+    """Draw more around --init (outpainting): its own pixels to add to the left, top, right and bottom. The whole is
+    then about --size large."""
     size: int | None = None
     """Side in pixels. Default: what the model was made for."""
     output: Path = Path("pictures")
