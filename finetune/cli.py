@@ -175,6 +175,8 @@ VERBS = {
     "demo": Verb("see it work: a subject learned in minutes, before and after in one picture", _page("finetune.demo")),
     "train": Verb("train a recipe on your pictures", _train),
     "generate": Verb("draw pictures with a model and adapters", _page("finetune.generate")),
+    "evaluate": Verb("how good a run is: figures, copies, a verdict", _gently("finetune.commands.evaluate")),
+    "compare": Verb("evaluated runs side by side", _page("finetune.commands.compare")),
     "inspect": Verb("what a weight file is: kind, ranks, trigger, metadata", _page("finetune.commands.inspect")),
     "verify": Verb("is an adapter whole, and what does each program load of it", _page("finetune.commands.verify")),
     "export": Verb("write what was trained in the formats that programs read", _page("finetune.commands.export")),
