@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,12 +53,12 @@ class Config:
     it, lpips.safetensors."""
     seed: int = 0
     """Seed of the first picture of each prompt; the next have the next seeds."""
-    steps: int = 30
-    """Denoising steps."""
-    guidance: float = 5.0
-    """Guidance scale."""
+    steps: int | None = None
+    """Denoising steps. Default: those of the run's own samples."""
+    guidance: float | None = None
+    """Guidance scale. Default: that of the run's own samples."""
     size: int | None = None
-    """Side in pixels. Default: what the model was made for."""
+    """Side in pixels. Default: the one that was trained."""
     batch: int = 4
     """Pictures drawn at a time: fewer need less memory."""
     json: bool = False
@@ -71,11 +71,11 @@ def main(config: Config) -> None:
 
     from finetune import engine
     from finetune.evaluation import evaluate, verdict
-    from finetune.evaluation.drawing import How
     from finetune.evaluation.prompts import Asked
     from finetune.evaluation.tables import to_json, to_markdown
 
-    how = How(config.seed, config.steps, config.guidance, config.size, config.batch)
+    given = {name: value for name in ("steps", "guidance", "size") if (value := getattr(config, name)) is not None}
+    how = replace(evaluate.as_sampled(config.run, config.seed, config.batch), **given)
     asked = Asked(config.prompt, config.subject, config.class_name)
     count = config.count or COUNT
     brief = evaluate.brief(config.run, config.step, asked, config.protocol, how, count, config.references)

@@ -24,7 +24,7 @@ from finetune.evaluation.prompts import Asked, Subject
 from finetune.evaluation.tables import BASE, RESULT, State, Table, to_csv, to_json, to_markdown
 from finetune.export import trained
 from finetune.families import Family, Source
-from finetune.settings import Captions, Data, Loss, Model, Prior
+from finetune.settings import Captions, Data, Framing, Loss, Model, Prior, Samples
 
 FOLDER = "evaluation"
 JSON, CSV, MARKDOWN = "table.json", "table.csv", "table.md"
@@ -54,9 +54,7 @@ def brief(
 ) -> Brief:
     """Raises Fault where the run, its pictures or its words are not to be had."""
     trained.find(run)
-    file = run / ledger.SETTINGS
-    if not file.is_file():
-        raise Fault(f"{run}: no run: it has no {ledger.SETTINGS}. Name the --output of a training.")
+    file = _settings(run)
     model, read = config.group(Model, file, "model"), config.group(Data, file, "data")
     prior, loss = config.group(Prior, file, "prior"), config.group(Loss, file, "loss")
     examples, held = data.read(read, config.group(Captions, file, "captions"))
@@ -73,6 +71,15 @@ def brief(
         Real(opened, training, [one.name or one.path.name for one in examples]),
         loss, _validations(run), protocol, how, count,
     )  # fmt: skip
+
+
+def as_sampled(run: Path, seed: int, batch: int) -> How:
+    """As the run draws its own samples. Raises Fault where there is no run."""
+    samples, framing = (
+        config.group(Samples, _settings(run), "samples"),
+        config.group(Framing, _settings(run), "framing"),
+    )
+    return How(seed, samples.sample_steps, samples.sample_guidance, max(framing.resolution, default=None), batch)
 
 
 def evaluate(asked: Brief, panel: Panel, device: torch.device | str, track: Track) -> Table:
@@ -114,6 +121,13 @@ def sentence(said: verdict.Verdict) -> str:
         f"Verdict on {said.state}: {said.word}: {said.reason}. Best of those measured: {said.best}, "
         f"{said.best_reason}. {said.advice}"
     )
+
+
+def _settings(run: Path) -> Path:
+    file = run / ledger.SETTINGS
+    if not file.is_file():
+        raise Fault(f"{run}: no run: it has no {ledger.SETTINGS}. Name the --output of a training.")
+    return file
 
 
 def _states(run: Path, steps: Sequence[str]) -> list[tuple[str, int, str | None]]:

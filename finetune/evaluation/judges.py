@@ -141,11 +141,6 @@ class ToyboxIdentity:
         seen: Tensor = self.judge.embed(pictures)
         return seen
 
-    def distances(self, pictures: Sequence[Image]) -> Tensor:
-        """One minus the cosine of their whole content."""
-        seen = ToyboxWhole(self.judge).see(pictures)
-        return 1 - seen @ seen.T
-
 
 class ToyboxPrompt:
     """Toybox's own judge, its head for what is to be seen."""
@@ -171,6 +166,11 @@ class ToyboxWhole:
     def see(self, pictures: Sequence[Image]) -> Tensor:
         return torch.cat(self.judge.encode(pictures), 1) / 2**0.5
 
+    def distances(self, pictures: Sequence[Image]) -> Tensor:
+        """One minus the cosine."""
+        seen = self.see(pictures)
+        return 1 - seen @ seen.T
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -191,8 +191,8 @@ def toybox() -> Panel:
     from finetune.toybox.judge import Judge as Embedded
 
     judge = Embedded.load()
-    identity = ToyboxIdentity(judge)
-    return Panel({"likeness": identity}, ToyboxPrompt(judge), "prompt score", ToyboxWhole(judge), identity, "diversity")
+    whole = ToyboxWhole(judge)
+    return Panel({"likeness": ToyboxIdentity(judge)}, ToyboxPrompt(judge), "prompt score", whole, whole, "diversity")
 
 
 def published(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,7 +14,7 @@ from finetune.evaluation.judges import Panel
 from finetune.evaluation.prompts import Subject
 from finetune.evaluation.tables import Figure
 
-COSINE = "mean cosine, -1 to 1"
+COSINE = "mean cosine (-1 to 1)"
 SHOWN = 8
 """Nearest pairs of sample and training picture that are told."""
 
@@ -48,36 +48,57 @@ def figures(
 ) -> dict[str, Figure]:
     """All that can be measured of a state, by measure. `base`: what the base has drawn; None where this is the base."""
     units = _units(drawn, subjects)
-    found = {}
+    made = [
+        *_likeness(panel, drawn, real, units, seed),
+        _fidelity(panel, drawn, subjects, units, seed),
+        *([_class_drift(panel, drawn, real, seed)] if any(drawn.classes) else ()),
+        _diversity(panel, drawn, subjects, seed),
+        *([_drift(panel, drawn, base, seed)] if base is not None else ()),
+        _copies(panel, drawn, real, units, seed),
+    ]
+    return {figure.measure: figure for figure in made}
+
+
+def _likeness(panel: Panel, drawn: Drawn, real: Real, units: Sequence[int], seed: int) -> Iterator[Figure]:
+    scale = f"{COSINE} of its pictures with the real ones; higher is more alike"
     for number, (title, judge) in enumerate(panel.likeness.items(), 1):
-        values = _like(judge, drawn.subjects, real)
         name = "likeness" if number == 1 else f"likeness {number}"
-        scale = f"{COSINE} of its pictures with the real ones; higher is more alike"
-        found[name] = _figure(name, title, values, units, judge.name, scale, seed)
-    pictures, said = [*chain(*drawn.subjects)], [*chain(*([one] * _each(drawn, subjects) for one in _plain(subjects)))]
-    values = measures.fidelity(panel.words.see(pictures), panel.words.read(said)).tolist()
+        yield _figure(name, title, _like(judge, drawn.subjects, real), units, judge.name, scale, seed)
+
+
+def _fidelity(panel: Panel, drawn: Drawn, subjects: Sequence[Subject], units: Sequence[int], seed: int) -> Figure:
     scale = f"{COSINE} of each picture with its prompt, which has the class for the subject; higher follows better"
-    found["fidelity"] = _figure("fidelity", panel.words_title, values, units, panel.words.name, scale, seed)
+    texts = _plain(subjects)
+    said = panel.words.read([texts[unit] for unit in units])
+    values = measures.fidelity(panel.words.see([*chain(*drawn.subjects)]), said).tolist()
+    return _figure("fidelity", panel.words_title, values, units, panel.words.name, scale, seed)
+
+
+def _class_drift(panel: Panel, drawn: Drawn, real: Real, seed: int) -> Figure:
+    """As the judge of likeness sees it; each picture is a unit, as there is one prompt."""
+    scale = f"{COSINE} of pictures of the bare class with the subject's; lower is better"
     title, judge = next(iter(panel.likeness.items()))
-    if any(drawn.classes):
-        values = _like(judge, drawn.classes, real)
-        scale = f"{COSINE} of pictures of the bare class with the subject's; lower is better"
-        title = "PRES" if title == "DINO" else "class drift"
-        found["class drift"] = _figure("class drift", title, values, range(len(values)), judge.name, scale, seed)
-    values = [measures.diversity(panel.differ.distances(group)) for group in _groups(drawn, subjects)]
+    values = _like(judge, drawn.classes, real)
+    title = "PRES" if title == "DINO" else "class drift"
+    return _figure("class drift", title, values, range(len(values)), judge.name, scale, seed)
+
+
+def _diversity(panel: Panel, drawn: Drawn, subjects: Sequence[Subject], seed: int) -> Figure:
     scale = "mean distance of two pictures of one prompt; higher is more varied"
-    found["diversity"] = _figure(
-        "diversity", panel.differ_title, values, range(len(values)), panel.differ.name, scale, seed
-    )
-    if base is not None:
-        values = measures.drift(panel.whole.see(drawn.unrelated), panel.whole.see(base.unrelated)).tolist()
-        scale = "1 - cosine with the base's picture of the same unrelated prompt and seed; lower is better"
-        found["drift"] = _figure("drift", "drift", values, range(len(values)), panel.whole.name, scale, seed)
-    near = sorted(neighbours(panel, drawn, real), key=lambda one: one.sample)
+    values = [measures.diversity(panel.differ.distances(group)) for group in _groups(drawn, subjects)]
+    return _figure("diversity", panel.differ_title, values, range(len(values)), panel.differ.name, scale, seed)
+
+
+def _drift(panel: Panel, drawn: Drawn, base: Drawn, seed: int) -> Figure:
+    scale = "1 - cosine with the base's picture of the same unrelated prompt and seed; lower is better"
+    values = measures.drift(panel.whole.see(drawn.unrelated), panel.whole.see(base.unrelated)).tolist()
+    return _figure("drift", "drift", values, range(len(values)), panel.whole.name, scale, seed)
+
+
+def _copies(panel: Panel, drawn: Drawn, real: Real, units: Sequence[int], seed: int) -> Figure:
     scale = "share of the samples nearer to a training picture than these are to each other; lower is better"
-    values = [float(one.alarm) for one in near]
-    found["copies"] = _figure("copies", "copies", values, units, panel.whole.name, scale, seed)
-    return found
+    near = sorted(neighbours(panel, drawn, real), key=lambda one: one.sample)
+    return _figure("copies", "copies", [float(one.alarm) for one in near], units, panel.whole.name, scale, seed)
 
 
 def neighbours(panel: Panel, drawn: Drawn, real: Real) -> list[measures.Neighbour]:

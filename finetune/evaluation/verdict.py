@@ -12,7 +12,7 @@ the floor, the one of the highest fidelity is the best.
   more than `CLASS` of the way from the base's to the real pictures'; or samples that copy training pictures, more than
   `COPIES` of them;
 - *under-trained*, when likeness has gone less than `REACHED` of the way from the base's to that of the real pictures to
-  each other (for Stable Diffusion and DINO, textual inversion is at about half, DreamBooth at seven tenths);
+  each other (for Stable Diffusion and DINO, textual inversion is at about half of it, DreamBooth at seven tenths);
 - *good* otherwise.
 """
 
@@ -29,7 +29,7 @@ TOLERANCE = 0.01
 FLOOR = 0.9
 CLASS = 0.6
 COPIES = 0.1
-REACHED = 0.5
+REACHED = 0.6
 REAL = "likeness of the real pictures to each other"
 """In the facts of a table"""
 
