@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
 from finetune import weights
 from finetune.errors import Fault
-from finetune.evaluation import judges, lpips
+from finetune.evaluation import judges, lpips, measures
+from finetune.toybox import subjects, world
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +131,34 @@ def test_a_model_that_is_not_there_is_said() -> None:
 def test_weights_of_something_else_are_refused(places: dict[str, str]) -> None:
     with pytest.raises(Fault, match="not VGG16: 0 convolutions"):
         judges.LPIPS(places["dino"])
+
+
+@pytest.fixture(scope="module")
+def gizmo() -> list[Image.Image]:
+    return [picture.convert("RGB") for picture, _ in subjects.drawn("gizmo").values()]
+
+
+def test_toybox_finds_a_copy_and_takes_nothing_else_for_one(gizmo: list[Image.Image]) -> None:
+    """Pictures of the world the base was made of raise no alarm, nor do the subject's other photos; a copy does."""
+    panel, training = judges.toybox(), gizmo[:5]
+    world_pictures = [world.render(world.spec_at(3, number)) for number in range(60)]
+    kept = io.BytesIO()
+    training[2].save(kept, "JPEG", quality=90)
+    found = measures.neighbours(
+        panel.whole.see([*world_pictures, *gizmo[5:], Image.open(kept)]), panel.whole.see(training)
+    )
+    assert [(one.sample, one.picture) for one in found if one.alarm] == [(60 + len(gizmo) - 5, 2)]
+
+
+def test_toybox_tells_things_from_scenes(gizmo: list[Image.Image]) -> None:
+    panel = judges.toybox()
+    other = [world.render(world.spec_at(5, number)) for number in range(20)]
+    seer = panel.likeness["likeness"]
+    alike = measures.likeness(seer.see(gizmo[5:]), seer.see(gizmo[:5])).mean()
+    assert alike > 0.7 > 0.3 > measures.likeness(seer.see(other), seer.see(gizmo[:5])).mean()
+    car = world.render(world.Spec("car", "red", "on the beach", "photo"))
+    right, wrong = panel.words.read(["a photo of a red car on the beach", "a photo of a blue car at night"])
+    seen = panel.words.see([car])[0]
+    assert seen @ right > seen @ wrong + 0.1
+    distances = panel.differ.distances([car, car, other[0]])
+    assert abs(distances[0, 1]) < 1e-5 and distances[0, 2] > 0.1
