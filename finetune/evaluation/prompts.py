@@ -103,6 +103,7 @@ def subjects(
         bare = next(iter(part.class_prompt or prior.class_prompt), None)
         noun = asked.class_name or (_bare(bare) if bare else prior.class_word)
         words = asked.subject or _words(part.data, own, noun)
+        noun = noun or _class_in(words, part.data)
         prompts = asked.prompt or tuple(text.format(words) for text in _texts(protocol, model, noun))
         if noun is not None and (bare is None or asked.class_name):
             bare = f"a photo of a {noun}"
@@ -146,6 +147,11 @@ def _words(data: Data, captions: Sequence[str], noun: str | None) -> str:
             '--subject "sks dog" --class-name dog.'
         )
     return words
+
+
+def _class_in(words: str, data: Data) -> str | None:
+    """Where a run tells no class, what follows the rare word: "sks dog" -> "dog". A trigger alone has none."""
+    return words.partition(" ")[2] or None if data.trigger is None else None
 
 
 def _common(captions: Sequence[Sequence[str]]) -> list[str]:

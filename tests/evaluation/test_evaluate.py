@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,23 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_figures(
     assert again == whole
     assert len(drawn) == 2 * (4 + 4 + 8), "nothing is drawn twice"
     assert evaluate(run, places, "--batch", "4", "--step", "result") == whole and len(drawn) == 32
+
+
+def test_a_signal_stops_it_after_the_batch(
+    run: Path, places: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, sample = tmp_path / "run", sampling.sample
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("evaluation"))
+
+    def signalled(*given: Any, **options: Any) -> list[Image.Image]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return sample(*given, **options)
+
+    monkeypatch.setattr(drawing, "sample", signalled)
+    with pytest.raises(SystemExit) as stop:
+        evaluate(other, places, "--batch", "4")
+    assert stop.value.code == 75 and "Go on with the same command" in capsys.readouterr().err
+    assert len(list((other / "evaluation" / "base").glob("*.png"))) == 4
 
 
 def test_other_settings_are_drawn_anew(run: Path, places: list[str]) -> None:

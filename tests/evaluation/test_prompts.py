@@ -54,6 +54,12 @@ def test_words_from_the_trigger() -> None:
     assert (found.name, found.class_prompt) == ("sks dog", "a photo of a dog")
 
 
+def test_without_a_class_it_is_what_follows_the_rare_word() -> None:
+    found = one(Data("photos", prompt="a photo of sks toy"), Prior(prior=False), [], model="toybox")
+    assert (found.name, found.class_prompt) == ("sks toy", "a photo of a toy")
+    assert found.plain[0] == "a photo of a toy in the snow"
+
+
 def test_what_the_user_says_wins() -> None:
     asked = Asked(("sks dog on a sofa", "a painting of a sks dog"), "sks dog", "dog")
     found = one(Data("photos", prompt="a photo of xyz cat"), Prior(), [], asked)
