@@ -77,6 +77,19 @@ def recipe_of(file: Path) -> str | None:
     return recipe if isinstance(recipe, str) else None
 
 
+def group(kind: type[C], file: Path, name: str) -> C:
+    """One group of settings of a TOML file, whatever else is there; all defaults where the file has no such group.
+
+    Raises Fault where a value is not of its kind.
+    """
+    table = tables(file)
+    problems: list[Problem] = []
+    made = _filled(kind, table.get(name, {}), None, name, problems, table)
+    if problems:
+        raise Fault(f"{file}: not all settings are understood:", [one.text for one in problems])
+    return made
+
+
 def asdict(config: Any) -> dict[str, Any]:
     """The settings as plain values that JSON can hold; groups are nested dictionaries."""
     return {name: _plain(value) for name, value in _fields(config).items()}
