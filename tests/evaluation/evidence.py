@@ -5,7 +5,7 @@ finished trainings are made of the kept figures, so that other rules can be trie
 
 For each subject and seed a LoRA is trained on toybox without prior preservation for `STEPS` steps, and another one for
 `SHORT`. `finetune evaluate` judges all checkpoints of the first and the result of the second. Its choice is then graded
-on pictures that had no part in it: twice as many, of other seeds, drawn by every checkpoint. So the differences told
+on pictures that had no part in it: as many, of other seeds, drawn by every checkpoint. So the differences told
 are not those of the pictures that were chosen by; and as the best of noisy figures looks better than it is, they are
 rather too large than too small. Real pictures are references that were not trained on.
 """
@@ -120,7 +120,7 @@ def graded(run: Path, data: Path) -> Table:
     with once(run, "grade") as missing:
         if missing:
             how = replace(evaluate.as_sampled(run, OTHERS, COUNT), steps=DENOISING)
-            brief = evaluate.brief(run, (), Asked(), "short", how, 2 * COUNT, [data / "references"])
+            brief = evaluate.brief(run, (), Asked(), "short", how, COUNT, [data / "references"])
             subjects = [replace(one, class_prompt=None) for one in brief.subjects]
             brief = replace(brief, subjects=subjects, unrelated=brief.unrelated[:1])
             evaluate.evaluate(brief, judges.toybox(), "cpu", lambda batches, _: batches)
