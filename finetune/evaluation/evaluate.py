@@ -195,7 +195,7 @@ def _drawn(
     seed, count = asked.how.seed, asked.count
     subjects = [wanted(f"subject{i or ''}", one, count, seed) for i, one in enumerate(texts)]
     classes = [
-        wanted(f"class{i or ''}", [one.class_prompt], 2 * count, seed) if one.class_prompt else []
+        wanted(f"class{i or ''}", [one.class_prompt], 4 * count, seed) if one.class_prompt else []
         for i, one in enumerate(asked.subjects)
     ]
     unrelated = wanted("unrelated", asked.unrelated, 1, seed)
