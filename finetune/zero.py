@@ -111,6 +111,7 @@ class ZeroOptimizer:
             mine = list(islice(numbers, len(parameters)))
             groups.append({**group, "params": mine})
             if own := self.inner.state.get(flat):
+                self._link(parameters, flat)
                 state |= {number: self._gathered(p, own) for number, p in zip(mine, parameters, strict=True)}
         return {"state": state, "param_groups": groups}
 
@@ -123,10 +124,14 @@ class ZeroOptimizer:
         self.inner.load_state_dict({"state": parts, "param_groups": held})
         for group, (parameters, flat) in zip(groups, self.groups, strict=True):
             if state:
-                self.deepspeed.lazy_init_hp_params_optimizer_state(parameters, flat, self.inner.state)
+                self._link(parameters, flat)
                 for parameter, number in zip(parameters, group["params"], strict=True):
                     self._set(parameter, state[number])
         self.zero.refresh_fp32_params()
+
+    def _link(self, parameters: list[nn.Parameter], flat: Tensor) -> None:
+        """Tell each parameter where its state lies. DeepSpeed does when the first group has stepped, of it alone."""
+        self.deepspeed.lazy_init_hp_params_optimizer_state(parameters, flat, self.inner.state)
 
     def _gathered(self, parameter: nn.Parameter, own: dict[str, Any]) -> dict[str, Any]:
         told: dict[str, Any] = {}
