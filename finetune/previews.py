@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune import families, sampling
+from finetune import engine, families, sampling
 from finetune.data.encoding import release_frozen
 from finetune.families import Family, Source
 from finetune.pictures import save_png
@@ -24,7 +24,7 @@ def preview(
     families.restore(family, source, run.dtype)
     family.pipeline.to(run.device)
     seeds = range(run.train.seed, run.train.seed + len(prompts))
-    with run.accelerator.autocast():
+    with engine.autocast(run.accelerator):
         pictures = sampling.sample(
             family, prompts, seeds, steps=settings.sample_steps, guidance=settings.sample_guidance, size=size
         )

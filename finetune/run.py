@@ -60,6 +60,7 @@ class Run:
         _require_sense(train)
         optim.check(optimizer)
         ema.check(train, optimizer)
+        engine.require_installed()
         AcceleratorState._reset_state()  # a second run in one process may have another precision
         self.accelerator = Accelerator(
             mixed_precision="no" if train.precision == "fp32" else train.precision,

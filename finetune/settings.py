@@ -230,9 +230,9 @@ class Train:
     """Passes whose gradients are added up before a step."""
     processes: int | None = None
     """Refuse to train with another number of processes than this: launchers may start one and say nothing."""
-    engine: Literal["any", "single", "ddp", "fsdp"] = "any"
+    engine: Literal["any", "single", "ddp", "fsdp", "deepspeed"] = "any"
     """Refuse to train on another engine than this; the launcher's configuration chooses it. `ddp` keeps all in each
-    process, `fsdp` (version 2) shares out weights, gradients and optimizer."""
+    process, `fsdp` (version 2) shares out weights, gradients and optimizer, `deepspeed` (ZeRO 1 or 2) the last two."""
     precision: Precision = "fp32"
     """Precision of the forward and backward pass. Trained weights stay fp32, unless --weights says bf16; fp16
     needs a GPU."""
