@@ -37,6 +37,7 @@ from finetune.errors import Failure, Fault, Stopped
 from finetune.families import Family, Source
 from finetune.keeping import LOG, Keeper
 from finetune.loop import NotFinite, Training, due
+from finetune.report.following import Follower
 from finetune.settings import Optim, Output, Train
 from finetune.signals import Watch
 from finetune.weights import said
@@ -72,6 +73,7 @@ class Run:
         self.optimizer = optim.resolve(optimizer.optimizer, self.device, engine.is_sharding(self.accelerator))
         self.console = Console(quiet=not self.leads)
         self.keeper = Keeper(config, output, train, self.leads)
+        self.report = Follower(self.folder, self.leads, output.report)
         self._held = False
         self.accelerator.wait_for_everyone()  # each has looked at the folder before one of them begins in it
 
@@ -127,6 +129,7 @@ class Run:
         if not self._held:
             self.hold()
         self.keeper.begin()
+        self.report.begin(subjects, held)
         self.watch.advice = f"Go on: `finetune train --output {self.folder} --resume`."
         if self.tracker != "none":
             self.accelerator.init_trackers(LOGS)
@@ -178,6 +181,7 @@ class Run:
                 asked = self._agreed(signals.received())
                 if asked or due(step, self.train.checkpoint_every) or step == self.train.steps:
                     self.keeper.keep(training, "stopped" if asked else "running")
+                    self.report.update()
                     self.accelerator.wait_for_everyone()
                 if asked:
                     raise Stopped(
@@ -228,10 +232,13 @@ class Run:
             self.keeper.end(state)
         except (OSError, Failure):
             self.keeper.end()
+        if state is not None:
+            self.report.update()
 
     def finish(self, usage: str) -> None:
         """Say what was written, and the command that uses it."""
         self.keeper.end("finished")
+        self.report.update()
         table = Table.grid(padding=(0, 2))
         names = [path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file()]
         for name in (name for name in names if name.parts[0] not in UNTOLD):

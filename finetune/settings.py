@@ -323,6 +323,8 @@ class Output:
     """Go on although settings, base or data are not those that the checkpoint was made with."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where the curves go besides `log.jsonl`."""
+    report: bool = True
+    """Keep report.html in the folder up to date: a page of the run, made anew at each checkpoint and at the end."""
     title: str | None = None
     """What the trained file is called in its header, which clients show. Default: after its trigger."""
     author: str | None = None
