@@ -18,7 +18,8 @@ class Figure:
     """One measure of one state."""
 
     measure: str
-    """likeness, likeness 2, fidelity, class drift, diversity, drift, copies: what it is, whoever measured it"""
+    """likeness, likeness 2, fidelity, class drift, class diversity, diversity, drift, copies: what it is, whoever
+    measured it"""
     title: str
     """What papers call it: DINO, CLIP-I, CLIP-T, PRES, DIV"""
     value: float

@@ -87,6 +87,8 @@ def test_every_figure_is_that_of_the_kept_pictures(
     classes = dino.see(opened(drawn, "class-")).numpy() @ dino.see(real).numpy().T
     assert value("class drift") == pytest.approx(classes.mean(), abs=1e-5)
     assert result["figures"]["class drift"]["title"] == "PRES"
+    bare = panel.differ.distances(opened(drawn, "class-")).numpy()
+    assert value("class diversity") == pytest.approx(bare[np.triu_indices(len(bare), 1)].mean(), rel=1e-4)
     apart = [float(panel.differ.distances(samples[at : at + 2])[0, 1]) for at in (0, 2)]
     assert value("diversity") == pytest.approx(np.mean(apart), rel=1e-4)
     one, other = (dino.see(opened(place, "unrelated-")).numpy() for place in (drawn, base))
@@ -99,7 +101,7 @@ def test_every_figure_is_that_of_the_kept_pictures(
     assert read_settings(drawn / "subject-01-seed0.png")["prompt"] == "a sks dog on a sofa"
     assert read_settings(base / "subject-01-seed0.png")["prompt"] == "a dog on a sofa"
     told = capsys.readouterr().out
-    assert "| state | DINO | CLIP-I | CLIP-T | PRES | DIV | copies | drift |" in told
+    assert "| state | DINO | CLIP-I | CLIP-T | PRES | class DIV | DIV | copies | drift |" in told
     assert f"Verdict on result: {table['verdict']['word']}: " in told
     assert "DINO" in (folder / "table.csv").read_text() and "Verdict" in (folder / "table.md").read_text()
 
