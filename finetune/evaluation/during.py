@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -168,12 +168,12 @@ class Measured:
         self.stops = self.run.any(bool(over))
 
 
-def affordable(done: int, steps: int, took: float, spent: Mapping[str, float], share: float) -> bool:
+def affordable(done: int, steps: int, took: float, spent: dict[str, float], share: float) -> bool:
     """Whether a checkpoint may be measured. `took`: seconds of the steps done; `spent`: seconds of measuring, by state.
 
     The share of all steps' time, less what the base took and the last state will, is due by the part of the steps done.
     """
-    base, cost = spent.get(BASE, 0.0), [*spent.values(), 0.0][max(len(spent) - 1, 0)]
+    base, cost = spent.get(BASE, 0.0), next(reversed(spent.values()), 0.0)  # the last one tells what the next will take
     left = share * took / done * steps - base - cost
     return sum(spent.values()) - base + cost <= left * done / steps
 
