@@ -37,9 +37,9 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def words(model: Path, pictures: Path, output: Path) -> list[str]:
+def words(model: Path, pictures: Path, output: Path, steps: int = 4) -> list[str]:
     given = ["lora", "--model", str(model), "--data", str(pictures), "--output", str(output), "--prompt", "sks"]
-    return [*given, "--no-prior", "--lr", "1e-2", "--steps", "4", "--tracker", "none"]
+    return [*given, "--no-prior", "--lr", "1e-2", "--steps", str(steps), "--tracker", "none"]
 
 
 def log(run: Path) -> list[tuple[int, float]]:
@@ -165,12 +165,11 @@ def test_the_ray_task_gives_a_command_and_knows_its_statuses(monkeypatch: pytest
 def test_rays_task_goes_on_after_its_worker_was_killed_and_after_it_was_stopped(
     tiny_models: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
-    flags = ["--checkpoint-every", "1", "--steps", "6"]
-    given = [*words(tiny_models["sd"], pictures, tmp_path / "run"), *flags]
-    disturbed = [sys.executable, str(Path(ray_here.__file__)), "SIGKILL,SIGTERM", *given]
+    given = [*words(tiny_models["sd"], pictures, tmp_path / "run", 6), "--checkpoint-every", "1"]
+    disturbed = [sys.executable, ray_here.__file__, "SIGKILL,SIGTERM", *given]
     done = subprocess.run(disturbed, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("SIGKILL in step") == 1 and done.stdout.count("goes on after step") == 2
-    cli.main(["train", *words(tiny_models["sd"], pictures, tmp_path / "whole"), *flags])
+    cli.main(["train", *words(tiny_models["sd"], pictures, tmp_path / "whole", 6)])
     one, other = ((tmp_path / run / "adapter.safetensors").read_bytes() for run in ("run", "whole"))
     assert one == other and log(tmp_path / "run") == log(tmp_path / "whole")
