@@ -65,7 +65,7 @@ def test_a_whole_run_is_told_with_its_verdict_first(tmp_path: Path, capsys: pyte
     text = read.text
     for said in (
         "Over-trained", "Result: fidelity to the prompts is 0.200 (0.150 to 0.250), all of it below the floor 0.270.",
-        "Take step-000200.", "Best of those measured: step 200", "300 of 300 steps: finished", "lora on toybox",
+        "Take step 200.", "Best of those measured: step 200", "300 of 300 steps: finished", "lora on toybox",
         "chosen: step 200", "Fidelity (CLIP-T)", "Measured with DINO ViT-S/16", "0.720 (0.670 to 0.770)", "base 0.1",
         "Loss on held-out pictures", "lowest: step 300", "result: alarm, 1 of the 2 nearest looks like a copy",
         "step 200: no alarm", "0.970 alike", "2 pictures, 1 of them held out", "sks dog, asleep", "the bare class",
