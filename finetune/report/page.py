@@ -85,11 +85,11 @@ def write(run: Path, file: Path) -> None:
 def require_own(file: Path) -> None:
     """Raises Fault where a file is somebody else's, or cannot be there."""
     if not file.parent.is_dir():
-        raise Fault(f"--output {file}: there is no folder {file.parent}; nothing was created.")
+        raise Fault(f"{file}: there is no folder {file.parent}; nothing was created.")
     if file.is_dir():
-        raise Fault(f"--output {file}: a folder; name an HTML file to write.")
+        raise Fault(f"{file}: a folder. Name an HTML file to write: --output FILE.")
     if file.exists() and GENERATOR not in file.read_bytes()[:2000].decode("utf-8", "replace"):
-        raise Fault(f"--output {file}: is there already and is no report, so it is not written over. Name another.")
+        raise Fault(f"{file}: is there already and is no report, so it is not written over. Name another --output.")
 
 
 def render(told: Facts, live: str | None = None) -> str:

@@ -245,9 +245,27 @@ def test_other_files_are_not_written_over(tmp_path: Path, capsys: pytest.Capture
     assert "is no report, so it is not written over" in refused(capsys, str(run), "--output", str(mine))
     assert mine.read_text() == "<p>mine"
     assert "there is no folder" in refused(capsys, str(run), "--output", str(tmp_path / "no" / "page.html"))
+    (run / "report.html").write_text("<p>mine")
+    assert "is no report" in refused(capsys, str(run))
+    (run / "report.html").unlink()
     for _ in range(2):  # its own it writes over
         cli.main(["report", str(run), "--output", str(tmp_path / "page.html")])
     assert not (run / "report.html").exists()
+
+
+def test_a_folder_that_may_only_be_read_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    run = runs.begun(tmp_path / "run")
+    monkeypatch.setattr(disk, "write_text", denied)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["report", str(run)])
+    assert stop.value.code == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "could not be written (Permission denied). Name another file: --output." in said
 
 
 def test_a_browser_is_asked_to_show_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
