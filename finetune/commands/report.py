@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from finetune.errors import Fault
+from finetune.errors import Failure, Fault
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,12 @@ def _write(config: Config) -> None:
     from finetune.report import page
 
     file = config.output or config.run / page.FILE
-    if config.output is not None:
+    if config.output is not None or file.exists():
         page.require_own(file)
-    page.write(config.run, file)
+    try:
+        page.write(config.run, file)
+    except OSError as error:
+        raise Failure(f"{file}: could not be written ({error.strerror}). Name another file: --output.") from error
     print(file)
     if config.open:
         _show(file.resolve().as_uri())

@@ -79,9 +79,8 @@ class Strip:
 
 
 def called(name: str) -> str:
-    """A state as it is spoken of: "step-000040" -> "step 40"."""
-    match = re.fullmatch(r"step-0*(\d+)", name)
-    return f"step {match[1]}" if match else name
+    """A state as it is spoken of, also within a sentence: "step-000040" -> "step 40"."""
+    return re.sub(r"\bstep-0*(\d+)", r"step \1", name)
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:

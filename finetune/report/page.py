@@ -30,6 +30,8 @@ from finetune.weights import said
 FILE = "report.html"
 GENERATOR = '<meta name="generator" content="finetune report">'
 """By which a report is known from a file of somebody else's"""
+HALF = 480
+"""Pixels that a curve has where two stand side by side"""
 ASKS = {
     "likeness": "Is it the subject?",
     "likeness 2": "Is it the subject, seen by another model?",
@@ -47,7 +49,7 @@ STATES = {
     "stopped": "was stopped, its state kept",
     "interrupted": "was interrupted",
     "failed": "has failed",
-    "unknown": "how far it is, is not known",
+    "unknown": "whether it has ended is not known",
 }
 
 
@@ -83,11 +85,11 @@ def write(run: Path, file: Path) -> None:
 def require_own(file: Path) -> None:
     """Raises Fault where a file is somebody else's, or cannot be there."""
     if not file.parent.is_dir():
-        raise Fault(f"--output {file}: there is no folder {file.parent}; nothing was created.")
+        raise Fault(f"{file}: there is no folder {file.parent}; nothing was created.")
     if file.is_dir():
-        raise Fault(f"--output {file}: a folder; name an HTML file to write.")
+        raise Fault(f"{file}: a folder. Name an HTML file to write: --output FILE.")
     if file.exists() and GENERATOR not in file.read_bytes()[:2000].decode("utf-8", "replace"):
-        raise Fault(f"--output {file}: is there already and is no report, so it is not written over. Name another.")
+        raise Fault(f"{file}: is there already and is no report, so it is not written over. Name another --output.")
 
 
 def render(told: Facts, live: str | None = None) -> str:
@@ -129,8 +131,9 @@ def _head(told: Facts) -> Head:
     if told.verdict is not None:
         verdict = told.verdict
         word, look = verdict.word or "unknown", WORDS.get(verdict.word, "unknown")
-        reason = f"{_begun(called(verdict.state))}: {verdict.reason}." if verdict.reason else ""
-        return Head(_begun(word), look, reason, verdict.advice, called(verdict.best), verdict.best_reason)
+        reason = f"{_begun(called(verdict.state))}: {called(verdict.reason)}." if verdict.reason else ""
+        best = called(verdict.best), called(verdict.best_reason)
+        return Head(_begun(word), look, reason, called(verdict.advice), *best)
     lowest = min(told.log.validation, key=lambda point: point[1], default=None)
     held = f" Its loss on held-out pictures was lowest at step {lowest[0]}: {lowest[1]:.4f}." if lowest else ""
     if told.state == "running":
@@ -197,29 +200,41 @@ def value_of(figure: Figure) -> str:
     return f"{figure.value:.3f}" + (f" ({figure.low:.3f} to {figure.high:.3f})" if figure.units > 1 else "")
 
 
-def _losses(told: Facts) -> list[tuple[str, str, Sequence[Markup]]]:
-    """Name, what to know of it, and the curve for wide and narrow screens."""
+@dataclass(frozen=True)
+class Curve:
+    """What the log tells of each step."""
+
+    title: str
+    note: str
+    """What to know of it"""
+    on_desk: Markup
+    on_phone: Markup
+    wide: bool = False
+
+
+def _losses(told: Facts) -> list[Curve]:
     log = told.log
-    found: list[tuple[str, str, Sequence[Markup]]] = []
+    found: list[Curve] = []
     if log.loss:
         lines = [Line("each step", log.loss, "raw"), Line("smoothed", curves.smoothed(log.loss), "smooth")]
         first, last = lines[1].points[0][1], lines[1].points[-1][1]
         said = f"Loss of {len(log.loss)} steps; smoothed it went from {first:.4f} to {last:.4f}."
-        charts = Chart("loss by step", said, lines)
+        chart = Chart("loss by step", said, lines)
         note = "It swings with the noise of each step: look at where it goes, not at single steps."
-        found.append(("Training loss", note, [charts.svg(860), charts.svg()]))
+        found.append(Curve("Training loss", note, chart.svg(860), chart.svg(), wide=True))
     if log.validation:
         step, lowest = min(log.validation, key=lambda point: point[1])
         said = f"Loss on held-out pictures, lowest at step {step}: {lowest:.4f}."
         mark = step, f"lowest: step {step}"
         chart = Chart("loss on held-out pictures by step", said, [Line("", log.validation)], mark)
         note = "Always at the same noise and timesteps; rising means learning by heart."
-        found.append(("Loss on held-out pictures", note, [chart.svg()]))
+        found.append(Curve("Loss on held-out pictures", note, chart.svg(HALF), chart.svg()))
     if log.rate:
         rates = [value for _, value in log.rate]
         said = f"Learning rate, from {min(rates):.2e} to {max(rates):.2e}."
         chart = Chart("learning rate by step", said, [Line("", log.rate, "smooth")])
-        found.append(("Learning rate", "The denoiser's, by which weights moved.", [chart.svg()]))
+        note = "The denoiser's, by which weights moved."
+        found.append(Curve("Learning rate", note, chart.svg(HALF), chart.svg()))
     return found
 
 

@@ -40,8 +40,8 @@ def thumbnail(path: Path, side: int = SIDE, background: str = "white") -> Thumbn
 @lru_cache(maxsize=512)
 def _made(path: Path, stamp: int, side: int, background: str) -> Thumbnail | None:
     try:
-        picture = pictures.decode_reduced(path, 1, background)
-    except (Fault, OSError):
+        picture = pictures.decode_reduced(path, _reduction(path, side), background)
+    except (Fault, OSError, Image.DecompressionBombError):
         return None
     small = max(picture.size) <= EXACT
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -49,3 +49,10 @@ def _made(path: Path, stamp: int, side: int, background: str) -> Thumbnail | Non
     picture.save(written, "WEBP", **({"lossless": True} if small else {"quality": 82, "method": 4}))
     coded = base64.b64encode(written.getvalue()).decode("ascii")
     return Thumbnail(f"data:image/webp;base64,{coded}", picture.width, picture.height, small)
+
+
+def _reduction(path: Path, side: int) -> int:
+    """By how much a photo may be smaller when it is decoded: JPEGs are so at a part of the cost."""
+    with Image.open(path) as opened:
+        largest = max(opened.size)
+    return next((by for by in (8, 4, 2) if largest // by >= 2 * side), 1)

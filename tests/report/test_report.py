@@ -65,7 +65,7 @@ def test_a_whole_run_is_told_with_its_verdict_first(tmp_path: Path, capsys: pyte
     text = read.text
     for said in (
         "Over-trained", "Result: fidelity to the prompts is 0.200 (0.150 to 0.250), all of it below the floor 0.270.",
-        "Take step-000200.", "Best of those measured: step 200", "300 of 300 steps: finished", "lora on toybox",
+        "Take step 200.", "Best of those measured: step 200", "300 of 300 steps: finished", "lora on toybox",
         "chosen: step 200", "Fidelity (CLIP-T)", "Measured with DINO ViT-S/16", "0.720 (0.670 to 0.770)", "base 0.1",
         "Loss on held-out pictures", "lowest: step 300", "result: alarm, 1 of the 2 nearest looks like a copy",
         "step 200: no alarm", "0.970 alike", "2 pictures, 1 of them held out", "sks dog, asleep", "the bare class",
@@ -245,9 +245,27 @@ def test_other_files_are_not_written_over(tmp_path: Path, capsys: pytest.Capture
     assert "is no report, so it is not written over" in refused(capsys, str(run), "--output", str(mine))
     assert mine.read_text() == "<p>mine"
     assert "there is no folder" in refused(capsys, str(run), "--output", str(tmp_path / "no" / "page.html"))
+    (run / "report.html").write_text("<p>mine")
+    assert "is no report" in refused(capsys, str(run))
+    (run / "report.html").unlink()
     for _ in range(2):  # its own it writes over
         cli.main(["report", str(run), "--output", str(tmp_path / "page.html")])
     assert not (run / "report.html").exists()
+
+
+def test_a_folder_that_may_only_be_read_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    run = runs.begun(tmp_path / "run")
+    monkeypatch.setattr(disk, "write_text", denied)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["report", str(run)])
+    assert stop.value.code == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "could not be written (Permission denied). Name another file: --output." in said
 
 
 def test_a_browser_is_asked_to_show_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
