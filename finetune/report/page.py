@@ -309,6 +309,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        auto_reload=False,  # a run of days keeps to the page that it began with
     )
     made.filters |= {"called": called, "value_of": value_of, "size": said, "what": usage.what}
     made.filters |= {"code": code, "heat": heat, "outline": outline, "is_whole": is_whole, "time": duration}
