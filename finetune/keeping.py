@@ -23,7 +23,7 @@ from finetune.settings import Output, Train
 
 LOG = ledger.LOG
 FREE = frozenset({
-    *("output", "resume", "resume_or_begin", "allow_changed", "tracker", "cache", "use_cache"),
+    *("output", "resume", "resume_or_begin", "allow_changed", "tracker", "report", "cache", "use_cache"),
     *("batch_size", "accumulation", "processes", "engine"),
     *("save_every", "checkpoint_every", "keep_last", "keep_every", "on_nan", "ema_on_cpu", "validate_every"),
     *("optimizer_in_backward", "gradient_checkpointing"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from finetune import families, sampling
+from finetune import engine, families, sampling
 from finetune.data.encoding import release_frozen
 from finetune.families import Family, Source
 from finetune.pictures import save_png
@@ -19,7 +19,7 @@ def able_to_draw(run: Run, family: Family, source: Source) -> Iterator[None]:
     families.restore(family, source, run.dtype)
     family.pipeline.to(run.device)
     try:
-        with run.accelerator.autocast():
+        with engine.autocast(run.accelerator):
             yield
     finally:
         release_frozen(family)

@@ -40,6 +40,7 @@ from finetune.export import trained
 from finetune.families import Family, Source
 from finetune.keeping import LOG, Keeper
 from finetune.loop import NotFinite, Training, due
+from finetune.report.following import Follower
 from finetune.settings import Optim, Output, Train
 from finetune.signals import Watch
 from finetune.weights import said
@@ -79,6 +80,7 @@ class Run:
         _require_sense(train)
         optim.check(optimizer)
         ema.check(train, optimizer)
+        engine.require_installed()
         AcceleratorState._reset_state()  # a second run in one process may have another precision
         self.accelerator = Accelerator(
             mixed_precision="no" if train.precision == "fp32" else train.precision,
@@ -90,6 +92,7 @@ class Run:
         self.optimizer = optim.resolve(optimizer.optimizer, self.device, engine.is_sharding(self.accelerator))
         self.console = Console(quiet=not self.leads)
         self.keeper = Keeper(config, output, train, self.leads)
+        self.report = Follower(self.folder, self.leads, output.report)
         self._held = False
         self.accelerator.wait_for_everyone()  # each has looked at the folder before one of them begins in it
 
@@ -145,6 +148,7 @@ class Run:
         if not self._held:
             self.hold()
         self.keeper.begin()
+        self.report.begin(subjects, held)
         self.watch.advice = f"Go on: `finetune train --output {self.folder} --resume`."
         if self.tracker != "none":
             self.accelerator.init_trackers(LOGS)
@@ -210,6 +214,7 @@ class Run:
                     if not asked:
                         measured.measure(training)  # what is kept is not lost by it
                         asked = self._agreed()
+                    self.report.update()
                 if asked:
                     raise Stopped(
                         f"Stopped by {asked} after step {step} of {self.train.steps}; the state is kept. "
@@ -266,6 +271,8 @@ class Run:
             self.keeper.end(state)
         except (OSError, Failure):
             self.keeper.end()
+        if state is not None:
+            self.report.update()
 
     def fresh(self, name: str) -> Path:
         """Where a file or folder of the run is written. What a killed run has left of it goes: it is made again."""
@@ -296,6 +303,7 @@ class Run:
     def finish(self, usage: str) -> None:
         """Say what was written, and the command that uses it."""
         self.keeper.end("finished")
+        self.report.update()
         table = Table.grid(padding=(0, 2))
         names = [path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file()]
         for name in (name for name in names if name.parts[0] not in UNTOLD):

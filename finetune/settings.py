@@ -230,9 +230,9 @@ class Train:
     """Passes whose gradients are added up before a step."""
     processes: int | None = None
     """Refuse to train with another number of processes than this: launchers may start one and say nothing."""
-    engine: Literal["any", "single", "ddp", "fsdp"] = "any"
+    engine: Literal["any", "single", "ddp", "fsdp", "deepspeed"] = "any"
     """Refuse to train on another engine than this; the launcher's configuration chooses it. `ddp` keeps all in each
-    process, `fsdp` (version 2) shares out weights, gradients and optimizer."""
+    process, `fsdp` (version 2) shares out weights, gradients and optimizer, `deepspeed` (ZeRO 1 or 2) the last two."""
     precision: Precision = "fp32"
     """Precision of the forward and backward pass. Trained weights stay fp32, unless --weights says bf16; fp16
     needs a GPU."""
@@ -356,6 +356,8 @@ class Output:
     """Go on although settings, base or data are not those that the checkpoint was made with."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where the curves go besides `log.jsonl`."""
+    report: bool = True
+    """Keep report.html in the folder up to date: a page of the run, made anew at each checkpoint and at the end."""
     title: str | None = None
     """What the trained file is called in its header, which clients show. Default: after its trigger."""
     author: str | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -58,15 +57,6 @@ def attach(family: Family, path: Path, adapter: str) -> None:
     except Fault:
         detach(family, adapter)
         raise
-
-
-def settings_of(path: Path) -> dict[str, Any]:
-    """The settings that an adapter of ours was trained with, as its header tells them; empty for others' files."""
-    try:
-        told = json.loads(weights.read_metadata(path).get("finetune", "{}"))
-    except ValueError:
-        return {}
-    return told if isinstance(told, dict) else {}
 
 
 def detach(family: Family, adapter: str) -> None:
