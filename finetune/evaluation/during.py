@@ -197,7 +197,8 @@ def _plan(
     )
     real = plan.real(len(subjects), examples, held, config.data.background)
     source, name = Source(**vars(config.model)), run.folder.resolve().name
-    return Plan(run.folder / FOLDER, name, source, subjects, (), real, PROTOCOL, how, config.measure.measure_count)
+    count = config.measure.measure_count
+    return Plan(run.folder / FOLDER, name, source, subjects, (), real, PROTOCOL, how, count, 2 * count)
 
 
 def _require_sense(settings: Measure, on: bool) -> None:

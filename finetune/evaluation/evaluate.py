@@ -26,6 +26,8 @@ from finetune.settings import Captions, Data, Framing, Loss, Model, Prior, Sampl
 __all__ = ["FOLDER", "JSON", "Brief", "as_sampled", "brief", "evaluate", "identity", "sentence"]
 
 FOLDER = "evaluation"
+BARE = 4
+"""Times the pictures of a prompt: those of the bare class. Of half as many, intervals of what it lost were too wide"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def brief(
     real = plan.real(len(subjects), examples, held, read.background, own)
     unrelated, name = prompts.unrelated(model.model), run.resolve().name
     source = Source(**vars(model))
-    made = Plan(run / FOLDER, name, source, subjects, unrelated, real, protocol, how, count)
+    made = Plan(run / FOLDER, name, source, subjects, unrelated, real, protocol, how, count, BARE * count)
     return Brief(run, made, _states(run, steps), loss, _validations(run))
 
 

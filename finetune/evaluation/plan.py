@@ -41,6 +41,8 @@ class Plan:
     how: How
     count: int
     """Pictures of each prompt"""
+    bare: int
+    """Pictures of the bare class"""
 
     def draw(self, name: str, step: int, identity: str, load: Callable[[], Family], track: Track) -> Drawn:
         """The pictures of a state: of the subjects, their classes, and unrelated prompts (one each).
@@ -51,7 +53,7 @@ class Plan:
         texts = [one.plain if name == BASE else one.prompts for one in self.subjects]
         subjects = [wanted(f"subject{i or ''}", one, self.count, seed) for i, one in enumerate(texts)]
         classes = [
-            wanted(f"class{i or ''}", [one.class_prompt], 2 * self.count, seed) if one.class_prompt else []
+            wanted(f"class{i or ''}", [one.class_prompt], self.bare, seed) if one.class_prompt else []
             for i, one in enumerate(self.subjects)
         ]
         unrelated = wanted("unrelated", self.unrelated, 1, seed)
@@ -81,6 +83,7 @@ class Plan:
             "class prompts": [subject.class_prompt for subject in self.subjects],
             "unrelated prompts": self.unrelated,
             "pictures of each prompt": self.count,
+            "pictures of the bare class": self.bare,
             "real pictures": [len(own) for own in self.real.references],
             "judges": [*(judge.name for judge in panel.likeness.values()), panel.words.name, panel.differ.name],
             "seed": self.how.seed,

@@ -101,6 +101,7 @@ def train(run: Path, data: Path, seed: int, steps: int, every: int) -> Path:
     words = ["train", "lora", "--config", "lora-toybox-subject", "--data", data / "pictures", "--output", run]
     words += ["--no-prior", "--batch-size", 2, "--steps", steps, "--seed", seed, "--tracker", "none"]
     words += ["--checkpoint-every", every, "--keep-every", every, "--resume-or-begin"]
+    words += ["--measure", "off", "--no-report"]
     if not (run / "adapter.safetensors").is_file():
         cli.main([*map(str, words)])
     return run
@@ -121,9 +122,9 @@ def graded(run: Path, data: Path) -> Table:
         if missing:
             how = replace(evaluate.as_sampled(run, OTHERS, COUNT), steps=DENOISING)
             brief = evaluate.brief(run, (), Asked(), "short", how, COUNT, [data / "references"])
-            subjects = [replace(one, class_prompt=None) for one in brief.subjects]
-            brief = replace(brief, subjects=subjects, unrelated=brief.unrelated[:1])
-            evaluate.evaluate(brief, judges.toybox(), "cpu", lambda batches, _: batches)
+            subjects = [replace(one, class_prompt=None) for one in brief.plan.subjects]
+            trimmed = replace(brief.plan, subjects=subjects, unrelated=())
+            evaluate.evaluate(replace(brief, plan=trimmed), judges.toybox(), "cpu", lambda batches, _: batches)
     return table(run / "grade")
 
 

@@ -16,7 +16,7 @@ def test_trained_too_long_and_too_short(tmp_path: Path) -> None:
     table = evidence.judged(evidence.train(tmp_path / "gizmo" / "long", data, 0, 300, 100), data)
     long = verdict.judge(table)
     assert (long.word, long.state, long.best) == ("over-trained", "result", "step-000100")
-    assert "the bare class has become like the subject" in long.reason
+    assert "less than step-000100 had" in long.reason
 
     short = evidence.judged(evidence.train(tmp_path / "gizmo" / "short", data, 0, 20, 20), data)
     assert verdict.judge(short).word == "under-trained"
