@@ -210,11 +210,11 @@ class Run:
                 asked = self._agreed()
                 if asked or due(step, self.train.checkpoint_every) or step == self.train.steps:
                     self.keeper.keep(training, "stopped" if asked else "running")
-                    self.report.update()
                     self.accelerator.wait_for_everyone()
                     if not asked:
                         measured.measure(training)  # what is kept is not lost by it
                         asked = self._agreed()
+                    self.report.update()
                 if asked:
                     raise Stopped(
                         f"Stopped by {asked} after step {step} of {self.train.steps}; the state is kept. "

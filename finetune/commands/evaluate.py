@@ -70,6 +70,7 @@ def main(config: Config) -> None:
     from finetune.evaluation import evaluate, judges, verdict
     from finetune.evaluation.prompts import Asked
     from finetune.evaluation.tables import to_json, to_markdown
+    from finetune.report import page
 
     given = {name: value for name in ("steps", "guidance", "size") if (value := getattr(config, name)) is not None}
     how = replace(evaluate.as_sampled(config.run, config.seed, config.batch), **given)
@@ -85,6 +86,7 @@ def main(config: Config) -> None:
         print(to_json(table, verdict=vars(said)), end="")
     else:
         print(to_markdown(table), evaluate.sentence(said), sep="\n")
+    page.refresh(config.run)
 
 
 def track(items: Sequence[Any], what: str) -> Iterable[Any]:

@@ -15,7 +15,7 @@ from finetune.errors import Failure, Fault
 class Config:
     """Make one HTML page of a run: verdict, pictures, curves, settings, files. It needs no network and no other file.
 
-    Training keeps RUN/report.html itself; after `finetune evaluate`, and for runs of others, this makes it anew.
+    Training and `finetune evaluate` keep RUN/report.html themselves; this makes it of any run, whenever you say so.
     """
 
     run: Positional[Path]

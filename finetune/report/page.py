@@ -82,14 +82,24 @@ def write(run: Path, file: Path) -> None:
     disk.write_text(file, render(facts.read(run)))
 
 
+def refresh(run: Path) -> None:
+    """Make the report in a run's folder anew, where there is one."""
+    if (run / FILE).is_file() and _is_report(run / FILE):
+        write(run, run / FILE)
+
+
 def require_own(file: Path) -> None:
     """Raises Fault where a file is somebody else's, or cannot be there."""
     if not file.parent.is_dir():
         raise Fault(f"{file}: there is no folder {file.parent}; nothing was created.")
     if file.is_dir():
         raise Fault(f"{file}: a folder. Name an HTML file to write: --output FILE.")
-    if file.exists() and GENERATOR not in file.read_bytes()[:2000].decode("utf-8", "replace"):
+    if file.exists() and not _is_report(file):
         raise Fault(f"{file}: is there already and is no report, so it is not written over. Name another --output.")
+
+
+def _is_report(file: Path) -> bool:
+    return GENERATOR in file.read_bytes()[:2000].decode("utf-8", "replace")
 
 
 def render(told: Facts, live: str | None = None) -> str:
@@ -309,6 +319,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        auto_reload=False,  # a run of days keeps to the page that it began with
     )
     made.filters |= {"called": called, "value_of": value_of, "size": said, "what": usage.what}
     made.filters |= {"code": code, "heat": heat, "outline": outline, "is_whole": is_whole, "time": duration}

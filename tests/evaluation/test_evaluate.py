@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shutil
@@ -104,6 +105,7 @@ def test_every_figure_is_that_of_the_kept_pictures(
     assert "| state | DINO | CLIP-I | CLIP-T | PRES | class DIV | DIV | copies | drift |" in told
     assert f"Verdict on result: {table['verdict']['word']}: " in told
     assert "DINO" in (folder / "table.csv").read_text() and "Verdict" in (folder / "table.md").read_text()
+    assert html.escape(table["verdict"]["reason"]) in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same_figures(
