@@ -71,31 +71,31 @@ def test_each_prompt_needs_a_seed(family: Family) -> None:
 
 
 def test_size_is_followed_and_a_size_that_does_not_fit_is_refused(family: Family) -> None:
-    [picture] = sampling.sample(family, ["a dog"], [0], size=40, **DRAW)
-    assert picture.size == (40, 40)
-    with pytest.raises(Fault, match=r"multiples of 8.*nearest is 48"):
+    [picture] = sampling.sample(family, ["a dog"], [0], size=48, **DRAW)
+    assert picture.size == (48, 48)
+    with pytest.raises(Fault, match=rf"multiples of {family.grain()}.*nearest is 48"):
         sampling.sample(family, ["a dog"], [0], size=45, **DRAW)
 
 
 def test_modes_gradients_and_methods_are_put_back(family: Family) -> None:
-    unet, vae = family.pipeline.unet, family.pipeline.vae
-    unet.train()
-    unet.mid_block.eval()
-    unet.requires_grad_(True)
-    before = {name: module.training for name, module in unet.named_modules()}
+    denoiser, vae = families.denoiser(family), family.pipeline.vae
+    denoiser.train()
+    next(denoiser.children()).eval()
+    denoiser.requires_grad_(True)
+    before = {name: module.training for name, module in denoiser.named_modules()}
     sampling.sample(family, ["a dog"], [0], **DRAW)
-    assert {name: module.training for name, module in unet.named_modules()} == before
-    assert all(p.requires_grad and p.grad is None for p in unet.parameters())
+    assert {name: module.training for name, module in denoiser.named_modules()} == before
+    assert all(p.requires_grad and p.grad is None for p in denoiser.parameters())
     assert "decode" not in vars(vae)
     assert torch.is_grad_enabled()
 
 
 def test_dropout_does_not_act(family: Family) -> None:
     [expected] = sampling.sample(family, ["a dog"], [0], **DRAW)
-    for module in family.pipeline.unet.modules():
+    for module in families.denoiser(family).modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
-    family.pipeline.unet.train()
+    families.denoiser(family).train()
     [picture] = sampling.sample(family, ["a dog"], [0], **DRAW)
     assert np.array_equal(pixels(picture), pixels(expected))
 
@@ -108,7 +108,7 @@ def test_parts_in_other_precisions_draw_nearly_the_same(
     source = Source(str(tiny_models[kind]))
     [expected] = sampling.sample(families.load(source), ["a dog"], [0], **DRAW)
     family = families.load(source, torch.bfloat16)
-    family.pipeline.unet.to(trained)
+    families.denoiser(family).to(trained)
     [picture] = sampling.sample(family, ["a dog"], [0], **DRAW)
     assert np.abs(pixels(picture) - pixels(expected)).mean() < 8
 

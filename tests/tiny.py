@@ -12,6 +12,9 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -19,7 +22,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 SIDE = 64
 """Side in pixels that the tiny models are made for: latents of 8 x 8, as the VAE divides by 8."""
@@ -47,7 +58,23 @@ def text_config(width: int, projection: int | None = None) -> CLIPTextConfig:
     )
 
 
-def vae() -> AutoencoderKL:
+def t5_tokenizer() -> T5TokenizerFast:
+    """A unigram tokenizer of single letters."""
+    letters = [chr(code) for code in range(33, 127)]
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -1.0), *((letter, -2.0) for letter in letters)]
+    return T5TokenizerFast(vocab=words, extra_ids=0)
+
+
+def t5(width: int) -> T5EncoderModel:
+    """Version 1.1, as its XXL is."""
+    config = T5Config(
+        vocab_size=128, d_model=width, d_kv=width // 2, d_ff=2 * width, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    return T5EncoderModel(config)
+
+
+def vae(channels: int = 4, **more: Any) -> AutoencoderKL:
     """Four levels as in Stable Diffusion: f = 8."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -55,9 +82,15 @@ def vae() -> AutoencoderKL:
         block_out_channels=(4, 4, 8, 8),
         norm_num_groups=2,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=channels,
         sample_size=SIDE,
+        **more,
     )
+
+
+def vae_16() -> AutoencoderKL:
+    """As of SD 3 and FLUX.1: 16 channels, shifted, without the layers around the latents."""
+    return vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def unet_sd(text_width: int, channels: int = 4) -> UNet2DConditionModel:
@@ -131,10 +164,30 @@ def _sdxl() -> StableDiffusionXLPipeline:
     )
 
 
+def _sd3() -> StableDiffusion3Pipeline:
+    """As 3.5 Medium: queries and keys normalised, a second attention in the first layers."""
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=SIDE // 8, num_layers=3, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=48,
+            caption_projection_dim=16, pooled_projection_dim=16 + 24, pos_embed_max_size=16,
+            qk_norm="rms_norm", dual_attention_layers=(0,),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae_16(),
+        text_encoder=CLIPTextModelWithProjection(text_config(16)),
+        tokenizer=tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(24, projection=24)),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=t5(48),
+        tokenizer_3=t5_tokenizer(),
+    )  # fmt: skip
+
+
 KINDS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd": lambda: _sd("epsilon"),
     "sd-v": lambda: _sd("v_prediction"),
     "sdxl": _sdxl,
+    "sd3": _sd3,
 }
 
 

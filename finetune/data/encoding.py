@@ -112,7 +112,7 @@ def encode(
     """
     pictures, texts = stores(data)
     turn = turn if turn and data.use_cache else Turn()  # what is kept in memory, each process computes for itself
-    items, factor = [*subjects, *companions, *held], int(family.pipeline.vae_scale_factor)
+    items, factor = [*subjects, *companions, *held], family.latents()[1]
     vae, encoders = _vae_fingerprint(family), _encoders_fingerprint(family)
     built = {"pictures": _encode_pictures(family, items, pictures, vae, data.background, track, turn)}
     built["masks"] = _encode_masks(items, pictures, factor, track, turn)
@@ -248,4 +248,5 @@ def _encoders_fingerprint(family: Family) -> str:
     """A tokenizer also tells how it was last called (padding, truncation), which is no part of what it is."""
     told = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in tokenizers(family)]
     words = [{name: part for name, part in one.items() if name not in ("padding", "truncation")} for one in told]
-    return cache.key([cache.fingerprint(encoder) for encoder in text_encoders(family).values()], words)
+    said = [template for one in tokenizers(family) if (template := getattr(one, "chat_template", None))]
+    return cache.key([cache.fingerprint(encoder) for encoder in text_encoders(family).values()], words, *said)

@@ -113,9 +113,10 @@ def _translated(family: Family, path: Path, tensors: Mapping[str, Tensor]) -> di
     """
     weighty = [name for name in tensors if not name.endswith(".alpha")]
     try:
-        state, _ = family.pipeline.lora_state_dict(
+        given = family.pipeline.lora_state_dict(
             path.parent, weight_name=path.name, unet_config=families.denoiser(family).config
         )
+        state = given if isinstance(given, dict) else given[0]  # some pipelines give alphas beside it
         read = len(state)
         translated: dict[str, Tensor] = {}
         for part, module in adaptable(family).items():

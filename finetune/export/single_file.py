@@ -32,6 +32,8 @@ def single_file(family: Family, path: Path, *, dtype: torch.dtype, metadata: Map
     when the file does not load back equal.
     """
     merging.require_whole(family)
+    if not family.original_parts():
+        raise Fault(f"{family.title}: no single file of such models is written here. Write a merged folder instead.")
     if path.exists():
         raise Fault(f"{path}: there is something there already. Name another file.")
     unverified = path.with_name(f".unverified-{path.name}")

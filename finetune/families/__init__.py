@@ -14,6 +14,7 @@ from finetune.errors import Fault
 from finetune.families.base import (
     Conditions,
     Family,
+    TakesTokens,
     denoiser,
     freeze,
     modules,
@@ -23,6 +24,7 @@ from finetune.families.base import (
     tokenizers,
 )
 from finetune.families.sd import StableDiffusion
+from finetune.families.sd3 import StableDiffusion3
 from finetune.families.sdxl import StableDiffusionXL
 from finetune.families.source import Source
 
@@ -32,6 +34,7 @@ __all__ = [
     "Conditions",
     "Family",
     "Source",
+    "TakesTokens",
     "denoiser",
     "freeze",
     "known",
@@ -49,6 +52,7 @@ __all__ = [
 FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
 }
 INPAINTING: dict[str, type[Family]] = {
     "StableDiffusionInpaintPipeline": StableDiffusion,

@@ -91,6 +91,11 @@ def metadata(adapter: Adapter, family: type[Family]) -> dict[str, str]:
 
 def module(layer: Layer, family: type[Family]) -> str:
     """What a layer is called in files of the family. Raises Fault when it has no such layer."""
+    if layer.part == family.denoiser_name != "unet":
+        raise Fault(
+            f"{layer.name}: no names by which kohya's programs read {family.title} are known here. Take the format "
+            "diffusers, which ComfyUI reads too."
+        )
     if layer.part == family.denoiser_name:
         layout: Layout | None = family.published.original
         try:
