@@ -86,7 +86,7 @@ def through_the_vae(folder: Path | str, picture: Image) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_picture_from_a_picture_is_that_of_plain_diffusers(kind: str, tiny_models: dict[str, Path]) -> None:
     family = families.load(Source(str(tiny_models[kind])))
-    ours = sampling.sample(family, ["a ball", "a dog"], [7, 8], initial=Initial(photo(), 0.5), **DRAW)
+    ours = sampling.sample(family, ["a ball", "a dog"], [7, 8], initial=Initial(photo(), 0.5), size=64, **DRAW)
     pipeline = AutoPipelineForImage2Image.from_pretrained(tiny_models[kind])
     for picture, prompt, seed in zip(ours, ["a ball", "a dog"], [7, 8], strict=True):
         theirs = pipeline(
@@ -105,7 +105,7 @@ def test_under_the_mask_a_picture_is_that_of_plain_diffusers(
     """Latent blending with four channels, concatenation with nine."""
     folder = {**tiny_models, **inpainting_models}[kind]
     family = families.load(Source(str(folder)), inpainting=True)
-    [ours] = sampling.sample(family, ["a ball"], [7], initial=Initial(photo(), strength, half()), **DRAW)
+    [ours] = sampling.sample(family, ["a ball"], [7], initial=Initial(photo(), strength, half()), size=64, **DRAW)
     theirs = AutoPipelineForInpainting.from_pretrained(folder)(
         "a ball", image=photo(), mask_image=half(), strength=strength, num_inference_steps=4, guidance_scale=4.0,
         height=64, width=64, generator=torch.Generator("cpu").manual_seed(7),

@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionInpaintPipeline,
@@ -27,6 +32,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -72,6 +80,26 @@ def t5(width: int) -> T5EncoderModel:
         feed_forward_proj="gated-gelu", tie_word_embeddings=False,
     )  # fmt: skip
     return T5EncoderModel(config)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte-level, without any merges, with a template for what a user says."""
+    words = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    made = Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    made.add_special_tokens({"additional_special_tokens": words[-2:]})
+    made.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return made
+
+
+def qwen(width: int, layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=259, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=1024,
+        bos_token_id=None, eos_token_id=258, pad_token_id=256,
+    )  # fmt: skip
 
 
 def vae(channels: int = 4, **more: Any) -> AutoencoderKL:
@@ -183,11 +211,50 @@ def _sd3() -> StableDiffusion3Pipeline:
     )  # fmt: skip
 
 
+def _flux() -> FluxPipeline:
+    """As dev: told its guidance."""
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=24,
+            pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae_16(),
+        text_encoder=CLIPTextModel(text_config(16)),
+        tokenizer=tokenizer(),
+        text_encoder_2=t5(24),
+        tokenizer_2=t5_tokenizer(),
+    )  # fmt: skip
+
+
+def _klein() -> Flux2KleinPipeline:
+    """Its text is of Qwen3's layers 9, 18 and 27."""
+    channels, levels = (4, 4, 8, 8), 4
+    autoencoder = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=channels, norm_num_groups=2, layers_per_block=1, latent_channels=4, sample_size=SIDE,
+    )  # fmt: skip
+    autoencoder.bn.running_mean.normal_()
+    autoencoder.bn.running_var.uniform_(0.5, 2)
+    return Flux2KleinPipeline(
+        transformer=Flux2Transformer2DModel(
+            in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=24, timestep_guidance_channels=8, axes_dims_rope=(2, 2, 2, 2), guidance_embeds=False,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder,
+        text_encoder=Qwen3ForCausalLM(qwen(8, 28)),
+        tokenizer=qwen_tokenizer(),
+    )  # fmt: skip
+
+
 KINDS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd": lambda: _sd("epsilon"),
     "sd-v": lambda: _sd("v_prediction"),
     "sdxl": _sdxl,
     "sd3": _sd3,
+    "flux": _flux,
+    "klein": _klein,
 }
 
 

@@ -241,7 +241,7 @@ def _text_key(caption: str, encoders: str) -> str:
 
 def _vae_fingerprint(family: Family) -> str:
     vae = family.pipeline.vae
-    return cache.fingerprint(vae, vae.config.scaling_factor, getattr(vae.config, "shift_factor", None))
+    return cache.fingerprint(vae, vae.config.get("scaling_factor"), vae.config.get("shift_factor"))
 
 
 def _encoders_fingerprint(family: Family) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def attach(family: Family, path: Path, adapter: str) -> None:
     """
     weights.check_file(path)
     tensors = weights.load_tensors(path)
+    if family.published.joined and any(name.startswith("lora_unet_") for name in tensors):
+        return _attach_parted(family, path, adapter)
     promised = _translated(family, path, tensors)
     _require_fitting(family, path, promised)
     try:
@@ -58,6 +61,16 @@ def attach(family: Family, path: Path, adapter: str) -> None:
     except Fault:
         detach(family, adapter)
         raise
+
+
+def _attach_parted(family: Family, path: Path, adapter: str) -> None:
+    """A file in kohya's format that has several layers as one: by diffusers' own names."""
+    from finetune.export import formats  # it stands above this file
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / path.name
+        formats.write(file, formats.read(path), "diffusers", {}, None, type(family))
+        attach(family, file, adapter)
 
 
 def settings_of(path: Path) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from finetune.families.base import (
     text_encoders,
     tokenizers,
 )
+from finetune.families.flux import Flux
+from finetune.families.flux2_klein import Flux2Klein
 from finetune.families.sd import StableDiffusion
 from finetune.families.sd3 import StableDiffusion3
 from finetune.families.sdxl import StableDiffusionXL
@@ -53,6 +55,8 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+    "Flux2KleinPipeline": Flux2Klein,
 }
 INPAINTING: dict[str, type[Family]] = {
     "StableDiffusionInpaintPipeline": StableDiffusion,

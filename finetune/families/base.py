@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.families.checkpoint import Part
-from finetune.families.original import Layout
+from finetune.families.original import Joined, Layout
 from finetune.objective import Diffusion, Flow, Objective
 from finetune.quiet import quiet
+
+CLIENTS = ("diffusers", "sd-scripts", "ComfyUI", "A1111", "Forge", "InvokeAI")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Published:
     text: tuple[str, ...]
     """Prefixes of the text encoders' layers, in the pipeline's order."""
     original: Layout | None
-    """Where the denoiser's layers go by the original code's names; None: by diffusers' own."""
+    """Where a UNet's layers go by the original code's names; None: by diffusers' own."""
     widths: tuple[int, ...]
     """Widths of the text that the denoiser attends to, by which clients know a family."""
     versions: tuple[str, ...]
@@ -70,6 +72,14 @@ class Published:
     """Its base models; of those with the same width the likeliest first."""
     classes: Mapping[str, type] = field(default_factory=dict)
     """Classes of the denoiser and the text encoders"""
+    joined: Joined | None = None
+    """What a transformer's layers are called; None: it has no names by which kohya's programs know it."""
+    translated: bool = True
+    """Whether diffusers reads kohya's names of it."""
+    single_file: bool = True
+    """Whether whole models of it are written as one file, see `Family.original_parts`."""
+    clients: tuple[str, ...] = CLIENTS
+    """The programs of which is known what they make of its files, see `finetune.export.clients`."""
 
     def edition(self, said: Mapping[str, str], width: int | None) -> Edition:
         """The one that a header tells, or else the likeliest: by the width of the text, if that is known."""
@@ -121,7 +131,7 @@ class Family(Protocol):
     def original_parts(self) -> dict[str, Part]:
         """The parts of the pipeline that a single-file checkpoint holds, by name, and what they are in it.
 
-        None where no such file is written.
+        None where no such file is written, which `Published.single_file` says.
         """
         ...
 

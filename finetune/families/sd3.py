@@ -19,10 +19,31 @@ from transformers import CLIPTextModelWithProjection
 from finetune.families import base
 from finetune.families.base import Conditions, Edition, Published
 from finetune.families.checkpoint import Part
+from finetune.families.original import Joined
 from finetune.objective import Objective
 
 LENGTH = 256
 """Tokens that T5 takes: what diffusers and ComfyUI draw with, and the longest that the model was made for."""
+LAYERS = Joined(
+    {
+        f"joint_blocks.{{}}.{theirs}": tuple(f"transformer_blocks.{{}}.{ours}" for ours in own)
+        for theirs, own in {
+            "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+            "x_block.attn.proj": ("attn.to_out.0",),
+            "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+            "x_block.attn2.proj": ("attn2.to_out.0",),
+            "x_block.mlp.fc1": ("ff.net.0.proj",),
+            "x_block.mlp.fc2": ("ff.net.2",),
+            "x_block.adaLN_modulation.1": ("norm1.linear",),
+            "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+            "context_block.attn.proj": ("attn.to_add_out",),
+            "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+            "context_block.mlp.fc2": ("ff_context.net.2",),
+            "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+        }.items()
+    }
+)
+"""Of Stability AI's sd3.5, as sd-scripts' networks/lora_sd3.py and ComfyUI have them."""
 CLIP: dict[str, Any] = {
     "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768},
     "text_encoder_2": {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20,
@@ -73,6 +94,10 @@ class StableDiffusion3:
             "text_encoder": CLIPTextModelWithProjection,
             "text_encoder_2": CLIPTextModelWithProjection,
         },
+        joined=LAYERS,
+        translated=False,
+        single_file=False,
+        clients=("diffusers", "sd-scripts", "ComfyUI"),
     )
 
     from_picture: ClassVar[type[DiffusionPipeline] | None] = StableDiffusion3Img2ImgPipeline

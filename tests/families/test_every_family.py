@@ -39,6 +39,7 @@ def pictures(tmp_path: Path) -> Path:
 
 def train(recipe: str, model: Path, pictures: Path, output: Path, *flags: str) -> Path:
     given = ["--model", str(model), "--data", str(pictures), "--output", str(output), "--tracker", "none"]
+    given += ["--resolution", "64"]
     cli.main(["train", recipe, *given, "--prompt", "sks dog", "--no-prior", "--max-upscale", "4", *flags])
     return output
 
@@ -116,7 +117,7 @@ def test_a_preview_is_plain_diffusers_picture_with_the_file_and_the_seed(
 ) -> None:
     """To a step of 1 in 255: an adapter is multiplied out beside the weights in both, in the same order."""
     flags = "--steps", "2", "--lr", "5e-2", "--sample-every", "2", "--sample-steps", "2", "--sample-guidance", "4"
-    run = train("lora", folder, pictures, tmp_path / "run", *flags, "--seed", "5", "--resolution", "64")
+    run = train("lora", folder, pictures, tmp_path / "run", *flags, "--seed", "5")
     ours = np.asarray(Image.open(run / "samples" / "step-000002-0.png")).astype(int)
     pipeline = DiffusionPipeline.from_pretrained(folder)
     before = _drawn(pipeline)
@@ -128,14 +129,14 @@ def test_a_preview_is_plain_diffusers_picture_with_the_file_and_the_seed(
 def _drawn(pipeline: DiffusionPipeline) -> np.ndarray:
     generator = torch.Generator("cpu").manual_seed(5)
     how = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 64, "width": 64}
-    return np.asarray(pipeline("sks dog", generator=generator, **how).images[0]).astype(int)
+    return np.asarray(pipeline(prompt="sks dog", generator=generator, **how).images[0]).astype(int)
 
 
 def test_a_whole_model_is_written_and_draws_the_same(folder: Path, tmp_path: Path) -> None:
     family = live.adapted(folder, text=True)
     export.merged(family, tmp_path / "model", dtype=torch.float32)
     pictures = [
-        np.asarray(sampling.sample(each, ["a dog"], [3], steps=2, guidance=4.0)[0]).astype(int)
+        np.asarray(sampling.sample(each, ["a dog"], [3], steps=2, guidance=4.0, size=64)[0]).astype(int)
         for each in (family, families.load(Source(str(tmp_path / "model"))), families.load(Source(str(folder))))
     ]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1

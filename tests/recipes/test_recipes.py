@@ -41,6 +41,7 @@ def train(recipe: str, model: Path, pictures: Path, output: Path, *flags: str) -
     """Run a recipe as a user does; the run's folder."""
     prior = ["--class-prompt", "a photo of a dog", "--class-images", "2", "--class-steps", "2"]
     given = ["--model", str(model), "--data", str(pictures), "--prompt", PROMPT, "--output", str(output), *prior]
+    given += ["--resolution", "64"]
     quiet = [] if "--tracker" in flags else ["--tracker", "none"]
     cli.main(["train", recipe, *given, *quiet, *FLAGS[recipe], *flags])
     return output
