@@ -81,7 +81,7 @@ class PictureLoss(nn.Module):
         noised = objective.noised(batch.latents, batch.input_noise, t)
         held = batch.masked & (settings.unmasked_prior > 0)
         base = self.base(batch, noised, batch.taught | held)
-        conditions = self._conditions(batch.captions, t.device)
+        conditions = self._conditions(batch.captions, t.device, batch.beside)
         prediction = self.family.predict(noised, objective.told(t), conditions, batch.sizes)
         target = torch.where(_per_picture(batch.taught), base, objective.target(batch.latents, batch.noise, t))
         inside = batch.masks + settings.unmasked_weight * (1 - batch.masks)
@@ -102,16 +102,18 @@ class PictureLoss(nn.Module):
         if wanted.any():
             captions = [caption for caption, one in zip(batch.captions, wanted.tolist(), strict=True) if one]
             with torch.no_grad(), adapters.off(self.family):
-                conditions = self._conditions(captions, noised.device)
+                beside = None if batch.beside is None else batch.beside[wanted]
+                conditions = self._conditions(captions, noised.device, beside)
                 told = self.objective.told(batch.timesteps[wanted]), conditions, batch.sizes[wanted]
                 base[wanted] = self.family.predict(noised[wanted], *told).to(base.dtype)
         return base
 
-    def _conditions(self, captions: list[str], device: torch.device) -> Conditions:
+    def _conditions(self, captions: list[str], device: torch.device, beside: Tensor | None) -> Conditions:
+        told = {} if beside is None else {families.BESIDE: beside}
         if self.data.texts is None:
-            return self.family.encode_prompts(captions)
+            return self.family.encode_prompts(captions) | told
         known = [self.data.conditions(caption) for caption in captions]
-        return {name: torch.cat([each[name] for each in known]).to(device) for name in known[0]}
+        return {name: torch.cat([each[name] for each in known]).to(device) for name in known[0]} | told
 
 
 class Training:

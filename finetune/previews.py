@@ -26,7 +26,13 @@ def preview(
     seeds = range(run.train.seed, run.train.seed + len(prompts))
     with run.accelerator.autocast():
         pictures = sampling.sample(
-            family, prompts, seeds, steps=settings.sample_steps, guidance=settings.sample_guidance, size=size
+            family,
+            prompts,
+            seeds,
+            steps=settings.sample_steps,
+            guidance=settings.sample_guidance,
+            size=size,
+            initial=sampling.everything(family, size),
         )
     folder = run.folder / "samples"
     folder.mkdir(exist_ok=True)

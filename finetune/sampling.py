@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from PIL import Image as Images
 from PIL.Image import Image
 from torch import Tensor, nn
 
@@ -69,6 +70,13 @@ def sample(
                 drawn = [initial.kept(image, family.grain()) for image in drawn]
             pictures += drawn
     return pictures
+
+
+def everything(family: Family, side: int) -> Initial | None:
+    """What an inpainting checkpoint draws a whole picture from: one that is masked all over. For others None."""
+    if not families.takes_mask(family):
+        return None
+    return Initial(Images.new("RGB", (side, side)), 1.0, Images.new("L", (side, side), 255))
 
 
 Pairs = list[tuple[str, int]]

@@ -267,7 +267,7 @@ INPAINTING: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd-inpainting": lambda: _inpainting("sd", StableDiffusionInpaintPipeline, unet_sd(16, 9)),
     "sdxl-inpainting": lambda: _inpainting("sdxl", StableDiffusionXLInpaintPipeline, unet_sdxl(16 + 24, 24, 9)),
 }
-"""Checkpoints that only draw"""
+"""Checkpoints that are told a mask and the masked picture"""
 
 
 def pipeline(kind: str) -> DiffusionPipeline:

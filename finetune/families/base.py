@@ -93,6 +93,9 @@ class Published:
 
 Conditions: TypeAlias = dict[str, Tensor]
 """What the denoiser is told about the pictures besides their noise: tensors by name, each (B, ...)."""
+BESIDE = "beside"
+"""The condition that inpainting checkpoints have besides those of prompts: what is drawn anew, 1 there, and the latents
+of the picture without it, (B, 1 + C, h, w)"""
 
 
 class Family(Protocol):
@@ -196,7 +199,12 @@ def denoiser(family: Family) -> nn.Module:
 def takes_mask(family: Family) -> bool:
     """Whether the denoiser is told the mask and the masked picture as further channels: an inpainting checkpoint."""
     part: Any = denoiser(family)
-    return int(part.config.in_channels) == 2 * int(family.pipeline.vae.config.latent_channels) + 1
+    return int(part.config.in_channels) == 2 * family.latents()[0] + 1
+
+
+def with_beside(noised: Tensor, conditions: Conditions) -> Tensor:
+    """What a UNet is given: behind the noised latents the mask and the masked picture, where there are these."""
+    return torch.cat([noised, conditions[BESIDE].to(noised)], dim=1) if BESIDE in conditions else noised
 
 
 def sibling(pipeline: Any, kind: Any) -> Any:

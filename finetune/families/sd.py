@@ -125,4 +125,4 @@ class StableDiffusion:
     def predict(self, noised: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
         unet = self.pipeline.unet
         text = conditions["text"].to(unet.dtype)
-        return unet(noised.to(unet.dtype), timesteps, encoder_hidden_states=text).sample
+        return unet(base.with_beside(noised, conditions).to(unet.dtype), timesteps, encoder_hidden_states=text).sample

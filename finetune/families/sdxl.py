@@ -136,4 +136,9 @@ class StableDiffusionXL:
         unet = self.pipeline.unet
         text, pooled = conditions["text"].to(unet.dtype), conditions["pooled"].to(unet.dtype)
         added = {"text_embeds": pooled, "time_ids": sizes.to(unet.dtype)}
-        return unet(noised.to(unet.dtype), timesteps, encoder_hidden_states=text, added_cond_kwargs=added).sample
+        return unet(
+            base.with_beside(noised, conditions).to(unet.dtype),
+            timesteps,
+            encoder_hidden_states=text,
+            added_cond_kwargs=added,
+        ).sample

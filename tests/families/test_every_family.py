@@ -18,10 +18,8 @@ from safetensors.torch import load_file
 from finetune import checkpoints, cli, export, families, sampling
 from finetune.families import Family, Source
 
-PLAIN = {**tiny.KINDS}
 
-
-@pytest.fixture(params=PLAIN)
+@pytest.fixture(params=tiny.KINDS)
 def folder(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Path:
     return tiny_models[request.param]
 
