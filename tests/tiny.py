@@ -25,6 +25,8 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -35,6 +37,7 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -248,6 +251,18 @@ def _klein() -> Flux2KleinPipeline:
     )  # fmt: skip
 
 
+def _zimage() -> ZImagePipeline:
+    return ZImagePipeline(
+        transformer=ZImageTransformer2DModel(
+            dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 4, 4],
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae_16(),
+        text_encoder=Qwen3Model(qwen(16, 2)),
+        tokenizer=qwen_tokenizer(),
+    )  # fmt: skip
+
+
 KINDS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd": lambda: _sd("epsilon"),
     "sd-v": lambda: _sd("v_prediction"),
@@ -255,6 +270,7 @@ KINDS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd3": _sd3,
     "flux": _flux,
     "klein": _klein,
+    "zimage": _zimage,
 }
 
 

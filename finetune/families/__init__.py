@@ -30,6 +30,7 @@ from finetune.families.sd import StableDiffusion
 from finetune.families.sd3 import StableDiffusion3
 from finetune.families.sdxl import StableDiffusionXL
 from finetune.families.source import Source
+from finetune.families.z_image import ZImage
 
 __all__ = [
     "BESIDE",
@@ -59,6 +60,7 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
     "Flux2KleinPipeline": Flux2Klein,
+    "ZImagePipeline": ZImage,
 }
 INPAINTING: dict[str, type[Family]] = {
     "StableDiffusionInpaintPipeline": StableDiffusion,
