@@ -92,7 +92,9 @@ def _rates(family: Family, lr: float, text_encoder_lr: float | None) -> dict[str
     """The parts of the pipeline that train, with their rates."""
     rates = {family.denoiser_name: lr}
     if text_encoder_lr is not None:
-        rates |= dict.fromkeys(family.text_encoder_names, text_encoder_lr)
+        if not family.trained_text_encoders:
+            raise Fault(f"--text-encoder-lr: the text encoders of {family.title} are not trained. Leave it out.")
+        rates |= dict.fromkeys(family.trained_text_encoders, text_encoder_lr)
     return rates
 
 

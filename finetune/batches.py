@@ -33,6 +33,7 @@ class Picture:
     timestep: int
     mask: Tensor  # (1, h, w)
     lesson: Tensor | None  # (C, h, w) the frozen base's prediction, where it was asked beforehand
+    beside: Tensor | None  # (1 + C, h, w) what is drawn anew and the latents of the rest, for an inpainting checkpoint
     place: Place
 
 
@@ -52,6 +53,7 @@ class Batch:
     lessons: Tensor | None  # (B, C, h, w) what the base predicted, of those that are taught; None: ask it now
     seed: int
     places: list[Place]
+    beside: Tensor | None = None  # (B, 1 + C, h, w) what is drawn anew and the latents of the rest
     extra: Tensor | None = None  # (B, C, h, w) noise that is put on the input and is no part of the target
 
     @property
@@ -94,6 +96,7 @@ class Batches:
 
     def _batch(self, pictures: Sequence[Picture]) -> Batch:
         lessons = [picture.lesson for picture in pictures if picture.lesson is not None]
+        beside = [picture.beside for picture in pictures if picture.beside is not None]
         return Batch(
             captions=[picture.caption for picture in pictures],
             latents=self._stacked([picture.latents for picture in pictures]),
@@ -107,6 +110,7 @@ class Batches:
             lessons=self._stacked(lessons) if lessons else None,
             seed=self.order.seed,
             places=[picture.place for picture in pictures],
+            beside=self._stacked(beside) if beside else None,
         )
 
     def _picture(self, item: Item, place: Place) -> Picture:
@@ -123,8 +127,18 @@ class Batches:
             keys.integer(0, self.timesteps, seed, "timestep", *place),
             self.data.mask(item, view),
             None if example.lesson is None else self.data.lessons.get(example.lesson),
+            self._beside(item, view, place),
             place,
         )
+
+    def _beside(self, item: Item, view: Geometry, place: Place) -> Tensor | None:
+        """What an inpainting checkpoint is told: one of the view's holes, and latents of the picture without it."""
+        if not self.data.holes:
+            return None
+        number = keys.integer(0, self.data.holes, self.order.seed, "hole", *place)
+        mask, mean, std = self.data.hole(item, view, number)
+        noise = keys.normal(tuple(mean.shape), self.order.seed, "masked latents", *place)
+        return torch.cat([mask, mean + std * noise])
 
     def _caption(self, item: Item, place: Place) -> str:
         if keys.uniform(self.order.seed, "caption dropout", *place) < self.data.caption_dropout:

@@ -17,7 +17,7 @@ from finetune import disk, families, home, keys, signals
 from finetune.data.encoding import Track
 from finetune.families import Family, Source
 from finetune.pictures import save_png
-from finetune.sampling import sample
+from finetune.sampling import everything, sample
 from finetune.settings import Prior
 
 BATCH = 4
@@ -145,6 +145,7 @@ def _draw(
         guidance=origin["guidance"],
         size=origin["resolution"],
         batch=len(batch),
+        initial=everything(family, origin["resolution"]),
     )
     same = {name: origin[name] for name in ("steps", "guidance", "scheduler")}
     for index, prompt, seed, picture in zip(batch, asked, seeds, pictures, strict=True):

@@ -81,7 +81,8 @@ class PictureLoss(nn.Module):
         noised = objective.noised(batch.latents, batch.input_noise, t)
         held = batch.masked & (settings.unmasked_prior > 0)
         base = self.base(batch, noised, batch.taught | held)
-        prediction = self.family.predict(noised, t, self._conditions(batch.captions, t.device), batch.sizes)
+        conditions = self._conditions(batch.captions, t.device, batch.beside)
+        prediction = self.family.predict(noised, objective.told(t), conditions, batch.sizes)
         target = torch.where(_per_picture(batch.taught), base, objective.target(batch.latents, batch.noise, t))
         inside = batch.masks + settings.unmasked_weight * (1 - batch.masks)
         how = settings.error, settings.huber_delta
@@ -89,11 +90,8 @@ class PictureLoss(nn.Module):
         if held.any():
             outside = (1 - batch.masks) * _per_picture(held)
             loss = loss + settings.unmasked_prior * loss_per_picture(prediction, base, outside, *how)
-        if settings.min_snr_gamma is not None:
-            loss = loss * objective.min_snr(t, settings.min_snr_gamma)
-        if settings.debiased:
-            loss = loss * objective.debiased(t)
-        return loss
+        weights = objective.weights(t, settings)
+        return loss if weights is None else loss * weights
 
     def base(self, batch: Batch, noised: Tensor, wanted: Tensor) -> Tensor:
         """What the frozen base predicts of the wanted pictures (B,); zeros for the others. (B, C, h, w)"""
@@ -104,16 +102,18 @@ class PictureLoss(nn.Module):
         if wanted.any():
             captions = [caption for caption, one in zip(batch.captions, wanted.tolist(), strict=True) if one]
             with torch.no_grad(), adapters.off(self.family):
-                conditions = self._conditions(captions, noised.device)
-                told = batch.timesteps[wanted], conditions, batch.sizes[wanted]
+                beside = None if batch.beside is None else batch.beside[wanted]
+                conditions = self._conditions(captions, noised.device, beside)
+                told = self.objective.told(batch.timesteps[wanted]), conditions, batch.sizes[wanted]
                 base[wanted] = self.family.predict(noised[wanted], *told).to(base.dtype)
         return base
 
-    def _conditions(self, captions: list[str], device: torch.device) -> Conditions:
+    def _conditions(self, captions: list[str], device: torch.device, beside: Tensor | None) -> Conditions:
+        told = {} if beside is None else {families.BESIDE: beside}
         if self.data.texts is None:
-            return self.family.encode_prompts(captions)
+            return self.family.encode_prompts(captions) | told
         known = [self.data.conditions(caption) for caption in captions]
-        return {name: torch.cat([each[name] for each in known]).to(device) for name in known[0]}
+        return {name: torch.cat([each[name] for each in known]).to(device) for name in known[0]} | told
 
 
 class Training:

@@ -1,14 +1,15 @@
 """The mathematics of diffusion training, once, in the papers' symbols.
 
-x0: clean latents, eps: Gaussian noise, x_t: noised latents, all (B, C, H, W); t: timesteps (B,), integers in [0, T);
-alpha_bar: the cumulative product of the noise schedule, (T,).
+x0: clean latents, eps: Gaussian noise, x_t: noised latents, all (B, C, H, W); t: timesteps (B,), integers in [0, T),
+the larger the noisier; alpha_bar: the cumulative product of the noise schedule, (T,); sigma: a flow's shares of noise,
+(T,).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from finetune.errors import Fault
 from finetune.settings import Loss
 
 Prediction = Literal["epsilon", "v_prediction"]
+FLOW = "flow"
 
 
 class Objective(Protocol):
@@ -32,16 +34,16 @@ class Objective(Protocol):
         """T, the number of training timesteps."""
         ...
 
+    def told(self, t: Tensor) -> Tensor:
+        """What the denoiser is told of timesteps, (B,)."""
+        ...
+
     def noised(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
 
-    def min_snr(self, t: Tensor, gamma: float) -> Tensor:
-        """Weight per picture, (B,)."""
-        ...
-
-    def debiased(self, t: Tensor) -> Tensor:
-        """Weight per picture, (B,)."""
+    def weights(self, t: Tensor, settings: Loss) -> Tensor | None:
+        """What the settings weigh the loss of each picture by, (B,); None: all alike."""
         ...
 
     def zero_terminal(self) -> Objective:
@@ -65,6 +67,9 @@ class Diffusion:
     def timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
+    def told(self, t: Tensor) -> Tensor:
+        return t
+
     def _alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each (B, 1, 1, 1)."""
         alpha_bar = self.alphas_cumprod.to(like.device)[t].to(like.dtype).view(-1, *[1] * (like.ndim - 1))
@@ -87,6 +92,11 @@ class Diffusion:
         alpha_bar = self.alphas_cumprod.to(t.device)[t]
         return alpha_bar / (1 - alpha_bar)
 
+    def weights(self, t: Tensor, settings: Loss) -> Tensor | None:
+        if settings.min_snr_gamma is not None:
+            return self.min_snr(t, settings.min_snr_gamma)
+        return self.debiased(t) if settings.debiased else None
+
     def min_snr(self, t: Tensor, gamma: float) -> Tensor:
         """Weight per picture, (B,)."""
         return min_snr_weight(self.snr(t), gamma, self.prediction)
@@ -98,6 +108,39 @@ class Diffusion:
     def zero_terminal(self) -> Diffusion:
         """The same with pure noise at the last timestep."""
         return replace(self, alphas_cumprod=rescale_zero_terminal_snr(self.alphas_cumprod))
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Rectified flow (Liu et al. 2022, 2209.03003): straight lines from pictures to noise, predicting their slope."""
+
+    sigmas: Tensor
+    """Share of noise at each timestep, (T,), rising to 1, float32"""
+    prediction: str = FLOW
+
+    @property
+    def timesteps(self) -> int:
+        return len(self.sigmas)
+
+    def told(self, t: Tensor) -> Tensor:
+        """sigma_t T, as diffusers' FlowMatchEulerDiscreteScheduler tells it: float32."""
+        return self.sigmas.to(t.device)[t] * self.timesteps
+
+    def noised(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = (1 - sigma_t) x0 + sigma_t eps (Esser et al. 2024, 2403.03206, eq. 13)."""
+        sigma = self.sigmas.to(x0.device)[t].to(x0.dtype).view(-1, *[1] * (x0.ndim - 1))
+        return sigma * eps + (1 - sigma) * x0
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """dx_t / dsigma = eps - x0."""
+        return eps - x0
+
+    def weights(self, t: Tensor, settings: Loss) -> None:
+        """All alike: how often each timestep is drawn is what weighs them (Esser et al. 2024, section 3.1)."""
+
+    def zero_terminal(self) -> Flow:
+        """It ends at pure noise as it is."""
+        return self
 
 
 def min_snr_weight(snr: Tensor, gamma: float, prediction: Prediction) -> Tensor:
@@ -129,9 +172,31 @@ def logit_normal(normal: float, mean: float, std: float) -> float:
     return 1 / (1 + math.exp(-(mean + std * normal)))
 
 
-def shifted(t: float, shift: float) -> float:
+Share = TypeVar("Share", float, Tensor)
+
+
+def shifted(t: Share, shift: float) -> Share:
     """s t / (1 + (s - 1) t), t a share of T (Esser et al. 2024, 2403.03206, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
+
+
+UNWEIGHED = (
+    "The weights are for diffusion's noise schedules; a flow is weighed by how its timesteps are drawn: "
+    "--timesteps logit_normal."
+)
+SENSELESS: dict[str, dict[str, str]] = {
+    "epsilon": {
+        "zero_terminal_snr": "At the last timestep its input would be pure noise and what it must tell the same: it "
+        "learns nothing. Take a model that predicts the velocity (v_prediction).",
+    },
+    FLOW: {
+        "min_snr_gamma": UNWEIGHED,
+        "debiased": UNWEIGHED,
+        "noise_offset": "It begins at pure noise, and so learns how dark or light a picture is as it is.",
+        "zero_terminal_snr": "Its last timestep is pure noise as it is.",
+    },
+}
+"""By what a model predicts: the settings that make no sense for it, and why"""
 
 
 def check(settings: Loss, prediction: str | None = None) -> None:
@@ -144,11 +209,9 @@ def check(settings: Loss, prediction: str | None = None) -> None:
     for name in ("noise_offset", "input_perturbation"):
         if getattr(settings, name) < 0:
             raise Fault(f"--{name.replace('_', '-')} {getattr(settings, name):g}: 0 or more.")
-    if settings.zero_terminal_snr and prediction not in (None, "v_prediction"):
-        raise Fault(
-            f"--zero-terminal-snr: the model predicts {prediction}. At the last timestep its input would be pure noise "
-            "and what it must tell the same: it learns nothing. Take a model that predicts the velocity (v_prediction)."
-        )
+    for name, why in SENSELESS.get(prediction or "", {}).items():
+        if getattr(settings, name) not in (None, False, 0):
+            raise Fault(f"--{name.replace('_', '-')}: the model predicts {prediction}. {why}")
 
 
 def loss_per_picture(

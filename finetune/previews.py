@@ -34,7 +34,13 @@ def preview(
     seeds = range(run.train.seed, run.train.seed + len(prompts))
     with able_to_draw(run, family, source):
         pictures = sampling.sample(
-            family, prompts, seeds, steps=settings.sample_steps, guidance=settings.sample_guidance, size=size
+            family,
+            prompts,
+            seeds,
+            steps=settings.sample_steps,
+            guidance=settings.sample_guidance,
+            size=size,
+            initial=sampling.everything(family, size),
         )
     folder = run.folder / "samples"
     folder.mkdir(exist_ok=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finetune import families
 from finetune.errors import Fault
-from finetune.families import Conditions, Family
+from finetune.families import Conditions, Family, TakesTokens
 
 USUAL = 1.1
 """What parentheses without a number weigh"""
@@ -29,6 +29,8 @@ WHOLE = 8
 ARGUMENTS = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
 """What diffusers' pipelines call the conditions."""
 SYMBOL = re.compile(r"\\[\\()]|[()]|[^\\()]+|\\")
+SAID = re.compile(r"(?<!\\)\([^()]*:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)")
+"""A weight with its number"""
 NUMBER = re.compile(r"(.*):\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*", re.DOTALL)
 Chunk = list[tuple[int, float]]
 """Tokens with their weights"""
@@ -68,8 +70,23 @@ def parse(prompt: str) -> list[tuple[str, float]]:
     return _joined(open_[0])
 
 
+def unweighted(family: Family, prompt: str) -> str:
+    r"""The prompt of a family that knows no weights: as it is but for `\(`, `\)` and `\\`, which are the letters.
+
+    Parentheses are a text's own there, and no tokens are counted. Raises Fault for `(words:1.2)`, which says a weight.
+    """
+    if found := SAID.search(prompt):
+        raise Fault(
+            f"prompt {prompt!r}: `{found[0]}` weighs words, which {family.title} does not know: its text encoders read "
+            "sentences. Say it in words; for the letters themselves write `\\(`."
+        )
+    return re.sub(r"\\([\\()])", r"\1", prompt)
+
+
 def read(family: Family, prompt: str) -> Prompt:
-    """Raises Fault for parentheses that do not match."""
+    """Raises Fault for parentheses that do not match, and for a family whose prompts are not put together of tokens."""
+    if not isinstance(family, TakesTokens):
+        raise Fault(f"{family.title} takes prompts as they are; this needs embeddings of single words, as CLIP gives.")
     parts = _parts(family, prompt)
     chunks = tuple(_chunks(family, tokenizer, parts) for tokenizer in families.tokenizers(family))
     text = "".join(text for text, _ in parts)
@@ -166,6 +183,7 @@ def _laid_out(
 
 def _encoded(family: Family, prompt: Prompt, length: int) -> Conditions:
     """Conditions of one prompt, (1, length * 77, D) and (1, D): it is filled up with empty chunks."""
+    assert isinstance(family, TakesTokens), "`read` has refused it"
     filled = [[*chunks, *[[]] * (length - len(chunks))] for chunks in prompt.chunks]
     said = family.encode_tokens(_ids(family, filled))
     if prompt.weighted:

@@ -12,12 +12,13 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from PIL import Image as Images
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from finetune import families, objective, prompting
 from finetune.errors import Fault
-from finetune.families import Family
+from finetune.families import Family, TakesTokens
 from finetune.initial import Initial
 from finetune.settings import Loss
 
@@ -51,25 +52,31 @@ def sample(
     pairs = list(zip(prompts, seeds, strict=True))
     check(family, initial, steps)
     if initial is not None:
-        initial = initial.fitted(side, family.pipeline.vae_scale_factor)
+        initial = initial.fitted(side, family.grain())
     pictures: list[Image] = []
     with drawing(family):
         if initial is not None and initial.strength == 0:
             return [_decoded(family, initial.picture)] * len(pairs)
         pipeline, start = _begin(family, initial, side)
-        for part, words in _batches(family, pairs, negative, batch, weighted):
+        for part, words in _batches(family, pairs, negative, guidance, batch, weighted):
             drawn = pipeline(
                 **words,
                 **{name: [image] * len(part) for name, image in start.items() if isinstance(image, Image)},
                 **{name: number for name, number in start.items() if not isinstance(number, Image)},
                 generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in part],
                 num_inference_steps=steps,
-                guidance_scale=guidance,
             ).images
             if initial is not None and initial.mask is not None:
-                drawn = [initial.kept(image, family.pipeline.vae_scale_factor) for image in drawn]
+                drawn = [initial.kept(image, family.grain()) for image in drawn]
             pictures += drawn
     return pictures
+
+
+def everything(family: Family, side: int) -> Initial | None:
+    """What an inpainting checkpoint draws a whole picture from: one that is masked all over. For others None."""
+    if not families.takes_mask(family):
+        return None
+    return Initial(Images.new("RGB", (side, side)), 1.0, Images.new("L", (side, side), 255))
 
 
 Pairs = list[tuple[str, int]]
@@ -77,25 +84,27 @@ Pairs = list[tuple[str, int]]
 
 
 def _batches(
-    family: Family, pairs: Pairs, negative: str, batch: int, weighted: bool
+    family: Family, pairs: Pairs, negative: str, guidance: float, batch: int, weighted: bool
 ) -> Iterator[tuple[Pairs, dict[str, Any]]]:
     """What is drawn together, and its prompts as the pipeline takes them.
 
     Prompts of different lengths in chunks are not drawn together: none is changed by the others' lengths.
     """
+    if weighted and not isinstance(family, TakesTokens):
+        pairs = [(prompting.unweighted(family, prompt), seed) for prompt, seed in pairs]
+        negative, weighted = prompting.unweighted(family, negative), False
     if not weighted:
         for start in range(0, len(pairs), batch):
             part = pairs[start : start + batch]
-            # SDXL takes no negative prompt and an empty one differently; no words mean none, as without the option.
-            against = [negative] * len(part) if negative else None
-            yield part, {"prompt": [prompt for prompt, _ in part], "negative_prompt": against}
+            yield part, family.words([prompt for prompt, _ in part], negative, guidance)
         return
     read = {text: prompting.read(family, text) for text in {negative, *(prompt for prompt, _ in pairs)}}
     for _, alike in groupby(pairs, lambda pair: max(read[pair[0]].length, read[negative].length)):
         group = list(alike)
         for start in range(0, len(group), batch):
             part = group[start : start + batch]
-            yield part, prompting.arguments(family, [read[prompt] for prompt, _ in part], read[negative])
+            told = prompting.arguments(family, [read[prompt] for prompt, _ in part], read[negative])
+            yield part, {**told, "guidance_scale": guidance}
 
 
 def _begin(family: Family, initial: Initial | None, side: int) -> tuple[Any, dict[str, Any]]:
@@ -103,11 +112,12 @@ def _begin(family: Family, initial: Initial | None, side: int) -> tuple[Any, dic
     if initial is None:
         return family.pipeline, {"height": side, "width": side}
     start = {"image": initial.picture, "strength": initial.strength}
-    if initial.mask is None:
-        return families.sibling(family.pipeline, family.from_picture), start
-    start |= {"mask_image": initial.in_cells(family.pipeline.vae_scale_factor)}
-    start |= {"height": initial.picture.height, "width": initial.picture.width}
-    return families.sibling(family.pipeline, family.inpaint), start
+    made: Any = family.from_picture if initial.mask is None else family.inpaint
+    if initial.mask is not None:
+        start |= {"mask_image": initial.in_cells(family.grain())}
+    if "height" in inspect.signature(made.__call__).parameters:  # image-to-image of SD 1.x and SDXL takes the picture's
+        start |= {"height": initial.picture.height, "width": initial.picture.width}
+    return families.sibling(family.pipeline, made), start
 
 
 def _decoded(family: Family, picture: Image) -> Image:
@@ -162,7 +172,7 @@ def _precision(family: Family) -> Iterator[None]:
     The VAE works in the precision of its own weights, which may be another, and which no pipeline changes meanwhile.
     """
     vae, encode, decode = family.pipeline.vae, family.pipeline.vae.encode, family.pipeline.vae.decode
-    upcast = vae.config.force_upcast
+    upcast = vae.config.get("force_upcast")
 
     def decode_in_own(latents: Tensor, *args: Any, **options: Any) -> Any:
         with torch.autocast(vae.device.type, enabled=False):
@@ -190,7 +200,7 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 
 def _fitting(family: Family, size: int) -> int:
-    factor = family.pipeline.vae_scale_factor
+    factor = family.grain()
     if size < factor or size % factor:
         nearest = max(round(size / factor), 1) * factor
         raise Fault(f"size {size}: this model draws sides that are multiples of {factor}; the nearest is {nearest}.")
@@ -204,6 +214,8 @@ def check(family: Family, initial: Initial | None, steps: int) -> None:
             "the model is an inpainting checkpoint, which draws a part of a picture anew: give it the picture (--init) "
             "and what to draw anew (--mask or --extend)."
         )
+    if initial is not None and (family.from_picture if initial.mask is None else family.inpaint) is None:
+        raise Fault(f"--init: there is no drawing from a picture with {family.title} here.")
     if initial is not None and initial.strength > 0 and int(steps * initial.strength) < 1:
         raise Fault(
             f"--strength {initial.strength:g} of --steps {steps} is less than one step. Take more steps, or strength 0."
@@ -212,6 +224,7 @@ def check(family: Family, initial: Initial | None, steps: int) -> None:
 
 def _require_whole(family: Family) -> None:
     names = ("vae", family.denoiser_name, *family.text_encoder_names)
-    released = [name for name in names if getattr(family.pipeline, name) is None]
+    parts = [name for name in names if name not in family.optional_parts]
+    released = [name for name in parts if getattr(family.pipeline, name) is None]
     if released:
         raise ValueError(f"{', '.join(released)} was released: call families.restore before drawing")

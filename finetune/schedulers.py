@@ -45,8 +45,12 @@ def choose(family: Family, name: str) -> None:
     """From here on the pipeline draws with this scheduler, on the model's own noise schedule."""
     import diffusers
 
+    from finetune.objective import FLOW
     from finetune.quiet import quiet
 
+    if family.objective().prediction == FLOW:
+        own = type(family.pipeline.scheduler).__name__
+        raise Fault(f"--scheduler {name}: steps of diffusion; {family.title} is a flow, drawn by its own {own} only.")
     made, options = CLASSES[name]
     with quiet():
         family.pipeline.scheduler = getattr(diffusers, made).from_config(family.pipeline.scheduler.config, **options)

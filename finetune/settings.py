@@ -97,6 +97,9 @@ class Data:
     """Where latents and text embeddings are kept between runs. Default: below $FINETUNE_CACHE or ~/.cache/finetune."""
     use_cache: bool = True
     """Keep them on disk, and use what is there. --no-use-cache computes them in memory."""
+    holes: int = 8
+    """For an inpainting checkpoint: number of masks that each picture is trained with, drawn at random. Each is encoded
+    ahead, and cached."""
     validation: float = 0.0
     """Share of the pictures that is held out of the training. Their loss is measured at each checkpoint, always at the
     same noise and timesteps, and the checkpoint where it is lowest is kept, unless --measure chooses one."""

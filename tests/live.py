@@ -16,7 +16,8 @@ def adapted(
 ) -> Family:
     """A LoRA on the denoiser (and the text encoders), each weight drawn from a key of its own."""
     family = families.load(Source(str(folder)), dtype)
-    adapters.lora(family, Adapter(rank=rank, alpha=alpha), 1e-4, 1e-4 if text else None, seed=0)
+    rate = 1e-4 if text and family.trained_text_encoders else None
+    adapters.lora(family, Adapter(rank=rank, alpha=alpha), 1e-4, rate, seed=0)
     randomise(family)
     return family
 
@@ -24,7 +25,7 @@ def adapted(
 def tuned(folder: Path, *, text: bool = False) -> Family:
     """Every weight of the denoiser (and the text encoders) moved a little."""
     family = families.load(Source(str(folder)))
-    adapters.full(family, 1e-5, 1e-5 if text else None)
+    adapters.full(family, 1e-5, 1e-5 if text and family.trained_text_encoders else None)
     randomise(family, relative=True)
     return family
 

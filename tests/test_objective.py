@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.objective import Diffusion, Prediction, loss_per_picture, min_snr_weight
+from finetune.objective import Diffusion, Flow, Prediction, loss_per_picture, min_snr_weight
+from finetune.settings import Loss
 
 SCHEDULER = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -69,3 +70,27 @@ def test_loss_per_picture_is_the_mean_squared_error_of_each() -> None:
 def test_unknown_prediction_type_is_named() -> None:
     with pytest.raises(ValueError, match=r"'sample'.*epsilon, v_prediction"):
         Diffusion(SCHEDULER.alphas_cumprod, "sample")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_a_flow_is_that_of_diffusers_scheduler_and_training_scripts(shift: float, seed: int) -> None:
+    """As in train_dreambooth_lora_sd3.py: (1 - sigma) x + sigma eps, told sigma T, learning eps - x."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    x0, eps, t = random_step(seed)
+    flow, index = Flow(scheduler.sigmas.flip(0)), 999 - t
+    assert torch.equal(flow.told(t), scheduler.timesteps[index])
+    assert torch.equal(flow.noised(x0, eps, t), scheduler.scale_noise(x0, scheduler.timesteps[index], eps))
+    sigma = scheduler.sigmas[index].view(-1, 1, 1, 1)
+    step = flow.noised(x0, eps, t) - sigma * flow.target(x0, eps, t)
+    torch.testing.assert_close(step, x0, rtol=1e-4, atol=1e-4)  # the way back is one straight line
+    assert flow.weights(t, Loss()) is None and flow.zero_terminal() is flow
+
+
+def test_a_flow_ends_at_pure_noise() -> None:
+    flow = Flow(FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas.flip(0))
+    x0, eps, _ = random_step(0)
+    assert torch.equal(flow.noised(x0, eps, torch.full((3,), 999)), eps)
+    assert flow.told(torch.tensor([999])).item() == 1000
+    assert (flow.sigmas.diff() > 0).all()

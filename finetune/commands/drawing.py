@@ -102,7 +102,7 @@ def load(config: Drawing) -> Family:
     from finetune import engine, families
 
     source = families.Source(config.model.model, config.model.revision, config.model.model_config)
-    family = families.load(source, engine.dtype(config.precision), engine.device(), inpainting=True)
+    family = families.load(source, engine.dtype(config.precision), engine.device())
     return ready(family, config)
 
 

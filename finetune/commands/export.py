@@ -103,8 +103,11 @@ def _forms(config: Config, found: Trained, source: Source | None) -> list[str]:
 def _refusal(form: str, found: Trained, source: Source | None) -> str | None:
     """Why a format cannot be had."""
     from finetune.export import formats
+    from finetune.export.single_file import UNKNOWN
 
     family = found.family(source)
+    if form == "single-file" and not family.published.single_file:
+        return UNKNOWN.format(family.title)
     if form not in ADAPTERS:
         return None if source is not None else "a whole model needs the adapter's base. Name it: --model."
     if not found.adapts:

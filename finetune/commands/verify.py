@@ -79,8 +79,12 @@ def main(config: Config) -> None:
     if config.model is not None:
         base = families.load(families.Source(config.model, config.revision, config.model_config))
     report = verification.verify(config.file, base)
+    asked = [known[name.lower()] for name in config.clients]
+    if unknown := [name for name in asked if name not in report.family.published.clients]:
+        told = ", ".join(report.family.published.clients)
+        raise Fault(f"--clients {' '.join(unknown)}: not known for {report.family.title}. Known are: {told}.")
     if config.clients:
-        report = replace(report, made_for=[known[name.lower()] for name in config.clients])
+        report = replace(report, made_for=asked)
     if config.json:
         print(json.dumps(_plain(report), indent=2))
     else:

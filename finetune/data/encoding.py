@@ -22,10 +22,11 @@ from finetune.data import cache
 from finetune.data.cache import Store
 from finetune.data.examples import Item, pixels
 from finetune.data.framing.geometry import Geometry
+from finetune.data.framing.holes import hole
 from finetune.data.framing.masks import weights as mask_weights
 from finetune.data.reading.pictures import reduction
 from finetune.errors import Fault
-from finetune.families import Conditions, Family, denoiser, modules, release, text_encoders, tokenizers
+from finetune.families import Conditions, Family, denoiser, modules, release, takes_mask, text_encoders, tokenizers
 from finetune.settings import Captions, Data
 
 
@@ -68,6 +69,8 @@ class Encodings:
     """Pictures that are held out of the training, to validate with"""
     lessons: Mapping[int, Tensor] = field(default_factory=dict)
     """What the frozen base predicted at the fixed draws of each lesson, each (C, H/f, W/f)"""
+    holes: int = 0
+    """Masks of each view that an inpainting checkpoint draws under; 0 for all others"""
     factor: int = 8
     """f: side of a picture over side of its latents"""
     built: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False)
@@ -88,6 +91,11 @@ class Encodings:
         if item.example.mask is None:
             return torch.ones(1, *size)
         return self.pictures.get(_mask_key(item.example.mask, view, size))["mask"]
+
+    def hole(self, item: Item, view: Geometry, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What of a view is drawn anew, (1, H/f, W/f), and the latents of the rest of it, as `latents`."""
+        entry = self.pictures.get(_hole_key(item, view, self.vae, number))
+        return entry["mask"], entry["mean"], entry["std"]
 
     def conditions(self, caption: str) -> Conditions:
         """The conditions of a caption, (1, ...)."""
@@ -112,10 +120,15 @@ def encode(
     """
     pictures, texts = stores(data)
     turn = turn if turn and data.use_cache else Turn()  # what is kept in memory, each process computes for itself
-    items, factor = [*subjects, *companions, *held], int(family.pipeline.vae_scale_factor)
+    items, factor = [*subjects, *companions, *held], family.latents()[1]
     vae, encoders = _vae_fingerprint(family), _encoders_fingerprint(family)
     built = {"pictures": _encode_pictures(family, items, pictures, vae, data.background, track, turn)}
     built["masks"] = _encode_masks(items, pictures, factor, track, turn)
+    holes = data.holes if takes_mask(family) else 0
+    if takes_mask(family) and holes < 1:
+        raise Fault(f"--holes {holes}: an inpainting checkpoint learns under masks; at least 1.")
+    if holes:
+        built["masked pictures"] = _encode_holes(family, items, pictures, vae, data, track, turn)
     trained = any(p.requires_grad for encoder in text_encoders(family).values() for p in encoder.parameters())
     if not trained:
         said = dict.fromkeys(caption for item in items for caption in item.captions)
@@ -124,7 +137,9 @@ def encode(
     release_frozen(family)
     known = None if trained else texts
     dropout = captions.caption_dropout
-    return Encodings(subjects, companions, pictures, known, vae, encoders, dropout, held, factor=factor, built=built)
+    return Encodings(
+        subjects, companions, pictures, known, vae, encoders, dropout, held, holes=holes, factor=factor, built=built
+    )
 
 
 def stores(data: Data) -> tuple[Store, Store]:
@@ -164,16 +179,43 @@ def _encode_pictures(
         return item, pixels(item.example, view, background)
 
     def latents(loaded: tuple[Item, Tensor]) -> dict[str, Tensor]:
-        item, picture = loaded
-        mean, std = (value[0].cpu() for value in family.encode_pictures(picture[None]))
-        if not (mean.isfinite().all() and std.isfinite().all()):
-            raise Fault(
-                f"{item.example.path}: its latents are not finite: the VAE overflows in this precision. "
-                "Use a VAE made for half precision, or --precision fp32."
-            )
-        return {"mean": mean, "std": std}
+        return _latents(family, *loaded)
 
     return _build(store, list(wanted.items()), load, latents, "encode pictures", track, turn)
+
+
+def _latents(family: Family, item: Item, picture: Tensor) -> dict[str, Tensor]:
+    mean, std = (value[0].cpu() for value in family.encode_pictures(picture[None]))
+    if not (mean.isfinite().all() and std.isfinite().all()):
+        raise Fault(
+            f"{item.example.path}: its latents are not finite: the VAE overflows in this precision. "
+            "Use a VAE made for half precision, or --precision fp32."
+        )
+    return {"mean": mean, "std": std}
+
+
+def _encode_holes(
+    family: Family, items: Sequence[Item], store: Store, vae: str, data: Data, track: Track, turn: Turn
+) -> tuple[int, int]:
+    """Each view with each of its holes grey, as diffusers' inpainting pipelines have it, and the holes."""
+    factor = family.latents()[1]
+    wanted = {
+        _hole_key(item, view, vae, number): (item, view, number)
+        for item in items for view in item.views for number in range(data.holes)
+    }  # fmt: skip
+
+    def load(job: tuple[Item, Geometry, int]) -> tuple[Item, Tensor, Tensor]:
+        item, view, number = job
+        assert item.example.facts is not None
+        mask = hole(_latent_size(view, factor), item.example.facts.digest, number)
+        return item, pixels(item.example, view, data.background), mask
+
+    def latents(loaded: tuple[Item, Tensor, Tensor]) -> dict[str, Tensor]:
+        item, picture, mask = loaded
+        kept = 1 - mask.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        return {"mask": mask, **_latents(family, item, picture * kept)}
+
+    return _build(store, list(wanted.items()), load, latents, "encode masked pictures", track, turn)
 
 
 def _encode_masks(items: Sequence[Item], store: Store, factor: int, track: Track, turn: Turn) -> tuple[int, int]:
@@ -220,6 +262,10 @@ def _picture_key(item: Item, view: Geometry, vae: str) -> str:
     return cache.key("latents", facts.digest, reduced, view.scaled, view.crop, view.target, view.mirrored, vae)
 
 
+def _hole_key(item: Item, view: Geometry, vae: str, number: int) -> str:
+    return cache.key("hole", _picture_key(item, view, vae), number)
+
+
 def _mask_key(mask: Path, view: Geometry, size: tuple[int, int]) -> str:
     return cache.key("mask", _content(mask, mask.stat().st_mtime_ns), view.crop, view.target, view.mirrored, size)
 
@@ -241,11 +287,12 @@ def _text_key(caption: str, encoders: str) -> str:
 
 def _vae_fingerprint(family: Family) -> str:
     vae = family.pipeline.vae
-    return cache.fingerprint(vae, vae.config.scaling_factor, getattr(vae.config, "shift_factor", None))
+    return cache.fingerprint(vae, vae.config.get("scaling_factor"), vae.config.get("shift_factor"))
 
 
 def _encoders_fingerprint(family: Family) -> str:
     """A tokenizer also tells how it was last called (padding, truncation), which is no part of what it is."""
     told = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in tokenizers(family)]
     words = [{name: part for name, part in one.items() if name not in ("padding", "truncation")} for one in told]
-    return cache.key([cache.fingerprint(encoder) for encoder in text_encoders(family).values()], words)
+    said = [template for one in tokenizers(family) if (template := getattr(one, "chat_template", None))]
+    return cache.key([cache.fingerprint(encoder) for encoder in text_encoders(family).values()], words, *said)

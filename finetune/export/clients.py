@@ -66,8 +66,9 @@ class Verdict:
 
 
 def judge(content: Content) -> list[Verdict]:
-    """What each client makes of it, in the order of `CLIENTS`."""
-    return [_judge(client, rules, content) for client, rules in CLIENTS.items()]
+    """What each client makes of it of which that is known for the family, in the order of `CLIENTS`."""
+    known = content.family.published.clients
+    return [_judge(client, rules, content) for client, rules in CLIENTS.items() if client in known]
 
 
 def made_for(content: Content) -> list[str]:
@@ -75,7 +76,8 @@ def made_for(content: Content) -> list[str]:
     if any(module.spelling in PEFT for module in content):
         return ["diffusers"]
     others = ("diffusers", "sd-scripts") if _native(content) else ()
-    return [name for name in CLIENTS if name not in others]
+    others = others if content.family.published.translated else ("diffusers", *others)
+    return [name for name in content.family.published.clients if name not in others]
 
 
 def _judge(client: str, rules: Sequence[Rule], content: Content) -> Verdict:
@@ -213,7 +215,8 @@ def _flat(content: Content) -> list[Module]:
 
 
 def _peft_attention(content: Content) -> list[Module]:
-    return [m for m in content if m.spelling in ("peft", "script") and ATTENTION.fullmatch(m.path or "")]
+    own = [module for module in content if module.part == "unet" and module.spelling in ("peft", "script")]
+    return [module for module in own if ATTENTION.fullmatch(module.path or "")]
 
 
 def _not_recognised(content: Content) -> list[Module]:
@@ -252,6 +255,8 @@ CLIENTS: dict[str, tuple[Rule, ...]] = {
     "diffusers": (
         Rule("refuses", "kohya's names beside diffusers' alpha in the header",
              _when(lambda c: diffusers.HEADER in c.metadata, _all_of(*KOHYA))),
+        Rule("refuses", "it does not translate kohya's names of this family",
+             _when(lambda c: not c.family.published.translated, _all_of(*KOHYA))),
         Rule("refuses", "names of another kind beside kohya's: it translates none", _strangers),
         Rule("refuses", "alpha tensors beside diffusers' names", _alphas_beside),
         Rule("refuses", "the original code's names are known for SDXL only",

@@ -33,9 +33,15 @@ def prediction(family: Family) -> Tensor:
         name: keys.normal((1, *shape), 0, "verify", name).to(denoiser.device)
         for name, shape in family.condition_shapes().items()
     }
-    noised = keys.normal((1, denoiser.config.in_channels, SIDE, SIDE), 0, "verify", "latents").to(denoiser.device)
-    timesteps = torch.tensor([family.objective().timesteps // 2], device=denoiser.device)
-    side = float(SIDE * family.pipeline.vae_scale_factor)
+    channels, factor = family.latents()
+    if families.takes_mask(family):
+        conditions[families.BESIDE] = keys.normal((1, 1 + channels, SIDE, SIDE), 0, "verify", "beside").to(
+            denoiser.device
+        )
+    objective = family.objective()
+    noised = keys.normal((1, channels, SIDE, SIDE), 0, "verify", "latents").to(denoiser.device)
+    timesteps = objective.told(torch.tensor([objective.timesteps // 2], device=denoiser.device))
+    side = float(SIDE * factor)
     sizes = torch.tensor([[side, side, 0, 0, side, side]], device=denoiser.device)
     with torch.no_grad(), inference(family):
         return family.predict(noised, timesteps, conditions, sizes).float().cpu()

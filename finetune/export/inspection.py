@@ -65,7 +65,7 @@ def _adapter(file: File) -> dict[str, Any]:
     """Raises Fault for what is no adapter, or not a whole one."""
     form = formats.format_of(file.path, file.shapes)
     adapter = formats.read(file.path)
-    family = families.FAMILIES[adapter.family].title if adapter.family else None
+    family = families.known(adapter.family).title if adapter.family else None
     ranks = Counter(layer.rank for layer in adapter if layer.rank)
     alphas = Counter(None if layer.alpha is None else round(layer.alpha, 6) for layer in adapter if layer.rank)
     kinds = Counter(layer.title + (" with DoRA" if MAGNITUDE in layer.shapes else "") for layer in adapter)
@@ -139,8 +139,8 @@ def _numbers(file: File, parts: Iterable[str]) -> dict[str, int]:
 
 def _of_checkpoint(path: Path) -> str | None:
     try:
-        return families.FAMILIES[Source(str(path)).pipeline_class()].title
-    except (Fault, KeyError):
+        return families.known(Source(str(path)).pipeline_class()).title
+    except Fault:
         return None
 
 
@@ -159,7 +159,7 @@ def _folder(path: Path) -> dict[str, Any]:
         parts[part] = parts.get(part, 0) + one.stat().st_size - start
         precisions.update(entry["dtype"] for entry in entries.values())
         metadata |= {f"{one.relative_to(path).as_posix()}: {key}": value for key, value in said.items()}
-    known = families.FAMILIES.get(name)
+    known = {**families.FAMILIES, **families.INPAINTING}.get(name)
     return {
         "file": str(path),
         "bytes": sum(one.stat().st_size for one in files),

@@ -19,6 +19,7 @@ from finetune.errors import Failure, Fault
 from finetune.export import merging, stream
 from finetune.export.reading import adaptable
 from finetune.families import Family
+from finetune.families.source import without
 
 LOCAL_KEYS = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 """What the libraries write of where a model was loaded from."""
@@ -54,7 +55,8 @@ def verify_merged(family: Family, folder: Path) -> None:
     precisions = {name: _dtype(folder / name) for name in families.modules(family)}
 
     def load(name: str, lent: Mapping[str, Any]) -> DiffusionPipeline:
-        return DiffusionPipeline.from_pretrained(folder, torch_dtype=precisions[name], local_files_only=True, **lent)
+        given = {**without(folder), **lent}
+        return DiffusionPipeline.from_pretrained(folder, torch_dtype=precisions[name], local_files_only=True, **given)
 
     merging.verify(family, "merged model", precisions, load)
 

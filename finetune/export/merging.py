@@ -79,7 +79,7 @@ def verify(family: Family, what: str, precisions: Mapping[str, torch.dtype], loa
 
 def require_whole(family: Family) -> None:
     """Raises ValueError when a part of the pipeline is out of memory."""
-    optional = family.pipeline._optional_components
+    optional = {*family.pipeline._optional_components, *family.optional_parts}
     released = [name for name, part in family.pipeline.components.items() if part is None and name not in optional]
     if released:
         raise ValueError(f"{', '.join(released)} was released: call families.restore before writing a whole model")

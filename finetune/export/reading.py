@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def attach(family: Family, path: Path, adapter: str) -> None:
     """
     weights.check_file(path)
     tensors = weights.load_tensors(path)
+    if family.published.joined and any(name.startswith("lora_unet_") for name in tensors):
+        return _attach_parted(family, path, adapter)
     promised = _translated(family, path, tensors)
     _require_fitting(family, path, promised)
     try:
@@ -57,6 +60,16 @@ def attach(family: Family, path: Path, adapter: str) -> None:
     except Fault:
         detach(family, adapter)
         raise
+
+
+def _attach_parted(family: Family, path: Path, adapter: str) -> None:
+    """A file in kohya's format that has several layers as one: by diffusers' own names."""
+    from finetune.export import formats  # it stands above this file
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / path.name
+        formats.write(file, formats.read(path), "diffusers", {}, None, type(family))
+        attach(family, file, adapter)
 
 
 def detach(family: Family, adapter: str) -> None:
@@ -103,9 +116,10 @@ def _translated(family: Family, path: Path, tensors: Mapping[str, Tensor]) -> di
     """
     weighty = [name for name in tensors if not name.endswith(".alpha")]
     try:
-        state, _ = family.pipeline.lora_state_dict(
+        given = family.pipeline.lora_state_dict(
             path.parent, weight_name=path.name, unet_config=families.denoiser(family).config
         )
+        state = given if isinstance(given, dict) else given[0]  # some pipelines give alphas beside it
         read = len(state)
         translated: dict[str, Tensor] = {}
         for part, module in adaptable(family).items():

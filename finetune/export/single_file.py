@@ -23,6 +23,8 @@ from finetune.export.stream import Entry
 from finetune.families import Family
 from finetune.families.checkpoint import Piece
 
+UNKNOWN = "no single file of {} models is written: their original layout is not known here. Take the format merged."
+
 
 def single_file(family: Family, path: Path, *, dtype: torch.dtype, metadata: Mapping[str, str] | None = None) -> None:
     """Write the live model as a checkpoint in the original layout, adapters merged, verified.
@@ -32,6 +34,8 @@ def single_file(family: Family, path: Path, *, dtype: torch.dtype, metadata: Map
     when the file does not load back equal.
     """
     merging.require_whole(family)
+    if not family.published.single_file:
+        raise Fault(UNKNOWN.format(family.title))
     if path.exists():
         raise Fault(f"{path}: there is something there already. Name another file.")
     unverified = path.with_name(f".unverified-{path.name}")

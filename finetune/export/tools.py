@@ -140,7 +140,7 @@ def extract(
 
 def family_of(adapters: Sequence[tuple[Path, Adapter]], base: BaseWeights | None) -> type[Family]:
     """What all of them, and the base, are for. Raises Fault when it is not one, or none of them tells."""
-    told = {str(path): families.FAMILIES[adapter.family] for path, adapter in adapters if adapter.family}
+    told = {str(path): families.known(adapter.family) for path, adapter in adapters if adapter.family}
     if base is not None:
         told[base.title] = base.family
     if len({*told.values()}) > 1:

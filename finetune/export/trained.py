@@ -63,8 +63,9 @@ class Trained:
                 raise Fault(f"{self.run}: its settings do not say which base it was trained from. Name it: --model.")
             return formats.known_family(self.adapter)
         own = base.pipeline_class()
-        if self.adapter is not None and self.adapter.family not in (None, own):
-            raise Fault(f"{self.file}: an adapter for {self.adapter.family}; {base.model} is a {own}.")
+        made_for = self.adapter and self.adapter.family
+        if made_for and families.known(made_for) is not families.known(own):
+            raise Fault(f"{self.file}: an adapter for {made_for}; {base.model} is a {own}.")
         return families.known(own)
 
     def base(self) -> Source | None:

@@ -179,8 +179,9 @@ def _told(adapter: Adapter, family: type[Family], base: Family | None) -> Check:
     owners = [other for other in families.FAMILIES.values() if width in other.published.widths]
     if base is None and owners and family not in owners:
         return Check(title, "fails", [f"it says {version}; layers of such widths are for {owners[0].title}"])
-    widths = [edition.width for edition in family.published.editions if edition.version == version]
-    fits = version.startswith(family.published.versions) and widths in ([], [real.width])
+    widths = {edition.width for edition in family.published.editions if edition.version == version}
+    known = base is not None or width is not None  # of a transformer the layers do not tell it
+    fits = version.startswith(family.published.versions) and (not known or widths <= {real.width})
     return Check(title, "holds" if fits else "fails", [] if fits else [f"it says {version}, where {real.title} it is"])
 
 

@@ -12,8 +12,10 @@ from diffusers import DiffusionPipeline
 
 from finetune.errors import Fault
 from finetune.families.base import (
+    BESIDE,
     Conditions,
     Family,
+    TakesTokens,
     denoiser,
     freeze,
     modules,
@@ -22,16 +24,22 @@ from finetune.families.base import (
     text_encoders,
     tokenizers,
 )
+from finetune.families.flux import Flux
+from finetune.families.flux2_klein import Flux2Klein
 from finetune.families.sd import StableDiffusion
+from finetune.families.sd3 import StableDiffusion3
 from finetune.families.sdxl import StableDiffusionXL
 from finetune.families.source import Source
+from finetune.families.z_image import ZImage
 
 __all__ = [
+    "BESIDE",
     "FAMILIES",
     "INPAINTING",
     "Conditions",
     "Family",
     "Source",
+    "TakesTokens",
     "denoiser",
     "freeze",
     "known",
@@ -49,34 +57,31 @@ __all__ = [
 FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+    "Flux2KleinPipeline": Flux2Klein,
+    "ZImagePipeline": ZImage,
 }
 INPAINTING: dict[str, type[Family]] = {
     "StableDiffusionInpaintPipeline": StableDiffusion,
     "StableDiffusionXLInpaintPipeline": StableDiffusionXL,
 }
-"""Checkpoints whose denoiser takes a mask and the masked picture beside the noise: they draw, they are not trained."""
+"""Checkpoints whose denoiser takes a mask and the masked picture beside the noise. Their adapters fit the family's."""
 
 
 def wrap(pipeline: DiffusionPipeline) -> Family:
     """The family of a pipeline that is in memory already."""
-    made: Any = known(type(pipeline).__name__, inpainting=True)
+    made: Any = known(type(pipeline).__name__)
     family: Family = made(pipeline)
     return family
 
 
-def load(
-    source: Source,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    *,
-    inpainting: bool = False,
-) -> Family:
+def load(source: Source, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Family:
     """The base model on the device, frozen, every weight finite, in the given precision (the VAE in float32).
 
-    `inpainting`: it may be an inpainting checkpoint. Raises Fault when it cannot be found or read, is of an unknown
-    family, or holds NaN or infinite weights.
+    Raises Fault when it cannot be found or read, is of an unknown family, or holds NaN or infinite weights.
     """
-    known(source.pipeline_class(), inpainting)
+    known(source.pipeline_class())
     family = wrap(source.load(dtype).to(device))
     freeze(family)
     return family
@@ -100,20 +105,10 @@ def restore(family: Family, source: Source, dtype: torch.dtype = torch.float32) 
             fresh.components[name].requires_grad_(False).eval()
 
 
-def known(pipeline_class: str, inpainting: bool = False) -> type[Family]:
-    """The family of pipelines of this class. Raises Fault for those that are of none.
-
-    Those of inpainting checkpoints are taken when asked for.
-    """
-    if pipeline_class in INPAINTING:
-        if inpainting:
-            return INPAINTING[pipeline_class]
-        raise Fault(
-            f"the model is a {pipeline_class}, an inpainting checkpoint: `finetune generate --init PICTURE --mask "
-            "MASK` draws with it, nothing else is done with it here. Take the model that it was made of."
-        )
+def known(pipeline_class: str) -> type[Family]:
+    """The family of pipelines of this class. Raises Fault for those that are of none."""
     try:
-        return FAMILIES[pipeline_class]
+        return {**FAMILIES, **INPAINTING}[pipeline_class]
     except KeyError:
         raise Fault(
             f"the model is a {pipeline_class}, which this version cannot train. Known are: {', '.join(FAMILIES)}."

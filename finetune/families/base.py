@@ -8,17 +8,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.families.checkpoint import Part
-from finetune.families.original import Layout
-from finetune.objective import Diffusion, Objective
+from finetune.families.original import Joined, Layout
+from finetune.objective import Diffusion, Flow, Objective
 from finetune.quiet import quiet
+
+CLIENTS = ("diffusers", "sd-scripts", "ComfyUI", "A1111", "Forge", "InvokeAI")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Edition:
     resolution: int
     """Side in pixels"""
     prediction: Literal["epsilon", "v"] | None = "epsilon"
-    """None where it is not known."""
+    """None where it is not known, and for flows, for which headers have no word."""
     second: bool = False
     """`ss_v2`: of Stable Diffusion's second generation"""
     clip_skip: int | None = None
@@ -59,7 +61,7 @@ class Published:
     text: tuple[str, ...]
     """Prefixes of the text encoders' layers, in the pipeline's order."""
     original: Layout | None
-    """Where the denoiser's layers go by the original code's names; None: by diffusers' own."""
+    """Where a UNet's layers go by the original code's names; None: by diffusers' own."""
     widths: tuple[int, ...]
     """Widths of the text that the denoiser attends to, by which clients know a family."""
     versions: tuple[str, ...]
@@ -70,6 +72,14 @@ class Published:
     """Its base models; of those with the same width the likeliest first."""
     classes: Mapping[str, type] = field(default_factory=dict)
     """Classes of the denoiser and the text encoders"""
+    joined: Joined | None = None
+    """What a transformer's layers are called; None: it has no names by which kohya's programs know it."""
+    translated: bool = True
+    """Whether diffusers reads kohya's names of it."""
+    single_file: bool = True
+    """Whether whole models of it are written as one file, see `Family.original_parts`."""
+    clients: tuple[str, ...] = CLIENTS
+    """The programs of which is known what they make of its files, see `finetune.export.clients`."""
 
     def edition(self, said: Mapping[str, str], width: int | None) -> Edition:
         """The one that a header tells, or else the likeliest: by the width of the text, if that is known."""
@@ -83,6 +93,9 @@ class Published:
 
 Conditions: TypeAlias = dict[str, Tensor]
 """What the denoiser is told about the pictures besides their noise: tensors by name, each (B, ...)."""
+BESIDE = "beside"
+"""The condition that inpainting checkpoints have besides those of prompts: what is drawn anew, 1 there, and the latents
+of the picture without it, (B, 1 + C, h, w)"""
 
 
 class Family(Protocol):
@@ -98,11 +111,15 @@ class Family(Protocol):
     """Ends of the denoiser's module names that an adapter is put on by default."""
     text_adapter_targets: ClassVar[tuple[str, ...]]
     """The same for the text encoders."""
+    trained_text_encoders: ClassVar[tuple[str, ...]]
+    """Those of the text encoders that can be trained: whose adapters diffusers loads."""
+    optional_parts: ClassVar[tuple[str, ...]]
+    """Parts that a checkpoint may do without."""
     published: ClassVar[Published]
     """Its names in adapter files."""
-    from_picture: ClassVar[type[DiffusionPipeline]]
-    """diffusers' pipeline of the same parts that draws from a picture (image-to-image)."""
-    inpaint: ClassVar[type[DiffusionPipeline]]
+    from_picture: ClassVar[type[DiffusionPipeline] | None]
+    """diffusers' pipeline of the same parts that draws from a picture (image-to-image); None: there is none."""
+    inpaint: ClassVar[type[DiffusionPipeline] | None]
     """The one that draws a part of a picture anew."""
 
     @property
@@ -115,7 +132,10 @@ class Family(Protocol):
         ...
 
     def original_parts(self) -> dict[str, Part]:
-        """The parts of the pipeline that a single-file checkpoint holds, by name, and what they are in it."""
+        """The parts of the pipeline that a single-file checkpoint holds, by name, and what they are in it.
+
+        None where no such file is written, which `Published.single_file` says.
+        """
         ...
 
     def objective(self) -> Objective:
@@ -127,7 +147,15 @@ class Family(Protocol):
         ...
 
     def multiple(self) -> int:
-        """What the sides of a picture in pixels must be multiples of."""
+        """What the sides of a picture in pixels must be multiples of to be trained."""
+        ...
+
+    def grain(self) -> int:
+        """What they must be multiples of to be drawn."""
+        ...
+
+    def latents(self) -> tuple[int, int]:
+        """C and f: channels of the latents, and the side of a picture over theirs."""
         ...
 
     def encode_pictures(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,8 +166,11 @@ class Family(Protocol):
         """Prompts -> conditions. Gradients flow into the text encoders where they are being trained."""
         ...
 
-    def encode_tokens(self, tokens: Sequence[Tensor]) -> Conditions:
-        """Tokens (B, 77), one tensor for each tokenizer, begin and end included -> conditions, as of prompts."""
+    def words(self, prompts: Sequence[str], negative: str, guidance: float) -> dict[str, Any]:
+        """What the pipeline is called with to draw these prompts, so guided, against that one ("": none).
+
+        Raises Fault where it knows no negative prompt.
+        """
         ...
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -147,7 +178,17 @@ class Family(Protocol):
         ...
 
     def predict(self, noised: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
-        """The denoiser's prediction. sizes: (B, 6), see `finetune.data.Geometry`; ignored by most families."""
+        """The denoiser's prediction, (B, C, h, w). timesteps: (B,), as the objective tells them. sizes: (B, 6), see
+        `finetune.data.Geometry`; ignored by most families."""
+        ...
+
+
+@runtime_checkable
+class TakesTokens(Protocol):
+    """A family whose prompts may be put together of tokens, in chunks: see `finetune.prompting`."""
+
+    def encode_tokens(self, tokens: Sequence[Tensor]) -> Conditions:
+        """Tokens (B, 77), one tensor for each tokenizer, begin and end included -> conditions, as of prompts."""
         ...
 
 
@@ -158,7 +199,12 @@ def denoiser(family: Family) -> nn.Module:
 def takes_mask(family: Family) -> bool:
     """Whether the denoiser is told the mask and the masked picture as further channels: an inpainting checkpoint."""
     part: Any = denoiser(family)
-    return int(part.config.in_channels) == 2 * int(family.pipeline.vae.config.latent_channels) + 1
+    return int(part.config.in_channels) == 2 * family.latents()[0] + 1
+
+
+def with_beside(noised: Tensor, conditions: Conditions) -> Tensor:
+    """What a UNet is given: behind the noised latents the mask and the masked picture, where there are these."""
+    return torch.cat([noised, conditions[BESIDE].to(noised)], dim=1) if BESIDE in conditions else noised
 
 
 def sibling(pipeline: Any, kind: Any) -> Any:
@@ -180,8 +226,9 @@ def text_encoders(family: Family) -> dict[str, nn.Module]:
 
 
 def tokenizers(family: Family) -> list[Any]:
-    """The tokenizers of the text encoders, in their order."""
-    return [getattr(family.pipeline, name.replace("text_encoder", "tokenizer")) for name in family.text_encoder_names]
+    """The tokenizers of the text encoders that the checkpoint has, in their order."""
+    found = [getattr(family.pipeline, name.replace("text_encoder", "tokenizer")) for name in family.text_encoder_names]
+    return [tokenizer for tokenizer in found if tokenizer is not None]
 
 
 def modules(family: Family) -> dict[str, nn.Module]:
@@ -199,6 +246,22 @@ def diffusion(pipeline: DiffusionPipeline) -> Diffusion:
     """The objective of a discrete-time diffusion model: its scheduler's noise schedule, as it is used in training."""
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     return Diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+
+
+def flow(pipeline: DiffusionPipeline) -> Flow:
+    """The objective of a rectified flow: its scheduler's shares of noise, shifted as in training.
+
+    (Where the shift depends on a picture's size, it is for drawing; diffusers' training scripts leave it out too.)
+    """
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    return Flow(scheduler.sigmas.flip(0))
+
+
+def guided(prompts: Sequence[str], negative: str, guidance: float) -> dict[str, Any]:
+    """`Family.words` of classifier-free guidance (Ho & Salimans 2022, 2207.12598)."""
+    # SDXL takes no negative prompt and an empty one differently; no words mean none, as without the option.
+    against = [negative] * len(prompts) if negative else None
+    return {"prompt": list(prompts), "negative_prompt": against, "guidance_scale": guidance}
 
 
 def skeleton(published: Published, edition: Edition) -> dict[str, nn.Module]:

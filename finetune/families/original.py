@@ -1,10 +1,13 @@
-"""The UNet's layers as the original code names them (CompVis ldm, Stability AI sgm): its blocks counted through."""
+"""A denoiser's layers as its original code names them: a UNet's blocks counted through, a transformer's layers joined.
+
+(CompVis ldm, Stability AI sgm and sd3.5, Black Forest Labs flux.)
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 ENDS = {
     "conv_in": "input_blocks.0.0",
@@ -34,6 +37,33 @@ class Layout:
     """The up blocks with attention: their upsampler comes third, that of the others second."""
     layers: int = 2
     """Resnets in a down block; an up block has one more."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A transformer whose original code has some of our layers as one, their outputs one behind the other."""
+
+    rules: Mapping[str, tuple[str, ...]]
+    """`joint_blocks.{}.x_block.attn.qkv` -> `transformer_blocks.{}.attn.to_q` and so on, `{}` being a number"""
+    shares: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of the outputs, where they are not equal."""
+
+    def written(self, path: str) -> tuple[str, int]:
+        """The name, and the place in it. Raises KeyError for a layer that it does not have."""
+        number = next(iter(re.findall(r"\.(\d+)\.", path)), "")
+        pattern = path.replace(f".{number}.", ".{}.", 1)
+        for name, paths in self.rules.items():
+            if pattern in paths:
+                return name.replace("{}", number), paths.index(pattern)
+        raise KeyError(path)
+
+    def read(self, name: str) -> tuple[list[str], tuple[int, ...]]:
+        """The other way, of a name with `_` for its dots: all the layers that it joins, and their shares."""
+        for known, paths in self.rules.items():
+            if found := re.fullmatch(known.replace(".", "_").replace("{}", r"(\d+)"), name):
+                shares = self.shares.get(known, (1,) * len(paths))
+                return [path.replace("{}", found[1]) for path in paths], shares
+        raise KeyError(name)
 
 
 def written(path: str, layout: Layout) -> str:

@@ -51,6 +51,8 @@ class StableDiffusion:
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     adapter_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     text_adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    trained_text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    optional_parts: ClassVar[tuple[str, ...]] = ()
     published: ClassVar[Published] = Published(
         text=("lora_te",),
         original=None,
@@ -61,8 +63,8 @@ class StableDiffusion:
         classes={"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel},
     )
 
-    from_picture: ClassVar[type[DiffusionPipeline]] = StableDiffusionImg2ImgPipeline
-    inpaint: ClassVar[type[DiffusionPipeline]] = StableDiffusionInpaintPipeline
+    from_picture: ClassVar[type[DiffusionPipeline] | None] = StableDiffusionImg2ImgPipeline
+    inpaint: ClassVar[type[DiffusionPipeline] | None] = StableDiffusionInpaintPipeline
 
     def edition(self) -> Edition:
         """Version 2 attends to a wider text; a version 1 may predict the velocity too."""
@@ -95,6 +97,12 @@ class StableDiffusion:
     def multiple(self) -> int:
         return base.unet_multiple(self.pipeline)
 
+    def grain(self) -> int:
+        return int(self.pipeline.vae_scale_factor)
+
+    def latents(self) -> tuple[int, int]:
+        return 4, int(self.pipeline.vae_scale_factor)
+
     def encode_pictures(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         return base.encode_with_vae(self.pipeline.vae, pictures)
 
@@ -103,6 +111,9 @@ class StableDiffusion:
         device = self.pipeline.text_encoder.device
         text, _ = self.pipeline.encode_prompt(list(prompts), device, 1, do_classifier_free_guidance=False)
         return {"text": text}
+
+    def words(self, prompts: Sequence[str], negative: str, guidance: float) -> dict[str, Any]:
+        return base.guided(prompts, negative, guidance)
 
     def encode_tokens(self, tokens: Sequence[Tensor]) -> Conditions:
         encoder = self.pipeline.text_encoder
@@ -114,4 +125,4 @@ class StableDiffusion:
     def predict(self, noised: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
         unet = self.pipeline.unet
         text = conditions["text"].to(unet.dtype)
-        return unet(noised.to(unet.dtype), timesteps, encoder_hidden_states=text).sample
+        return unet(base.with_beside(noised, conditions).to(unet.dtype), timesteps, encoder_hidden_states=text).sample

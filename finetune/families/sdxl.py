@@ -58,6 +58,8 @@ class StableDiffusionXL:
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     adapter_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     text_adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    trained_text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    optional_parts: ClassVar[tuple[str, ...]] = ()
     published: ClassVar[Published] = Published(
         text=("lora_te1", "lora_te2"),
         original=Layout(attends=frozenset({0, 1})),
@@ -72,8 +74,8 @@ class StableDiffusionXL:
         },
     )
 
-    from_picture: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLImg2ImgPipeline
-    inpaint: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLInpaintPipeline
+    from_picture: ClassVar[type[DiffusionPipeline] | None] = StableDiffusionXLImg2ImgPipeline
+    inpaint: ClassVar[type[DiffusionPipeline] | None] = StableDiffusionXLInpaintPipeline
 
     def edition(self) -> Edition:
         velocity = self.pipeline.scheduler.config.prediction_type == "v_prediction"
@@ -96,6 +98,12 @@ class StableDiffusionXL:
     def multiple(self) -> int:
         return base.unet_multiple(self.pipeline)
 
+    def grain(self) -> int:
+        return int(self.pipeline.vae_scale_factor)
+
+    def latents(self) -> tuple[int, int]:
+        return 4, int(self.pipeline.vae_scale_factor)
+
     def encode_pictures(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         return base.encode_with_vae(self.pipeline.vae, pictures)
 
@@ -106,6 +114,9 @@ class StableDiffusionXL:
             list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"text": text, "pooled": pooled}
+
+    def words(self, prompts: Sequence[str], negative: str, guidance: float) -> dict[str, Any]:
+        return base.guided(prompts, negative, guidance)
 
     def encode_tokens(self, tokens: Sequence[Tensor]) -> Conditions:
         encoders = self.pipeline.text_encoder, self.pipeline.text_encoder_2
@@ -125,4 +136,9 @@ class StableDiffusionXL:
         unet = self.pipeline.unet
         text, pooled = conditions["text"].to(unet.dtype), conditions["pooled"].to(unet.dtype)
         added = {"text_embeds": pooled, "time_ids": sizes.to(unet.dtype)}
-        return unet(noised.to(unet.dtype), timesteps, encoder_hidden_states=text, added_cond_kwargs=added).sample
+        return unet(
+            base.with_beside(noised, conditions).to(unet.dtype),
+            timesteps,
+            encoder_hidden_states=text,
+            added_cond_kwargs=added,
+        ).sample

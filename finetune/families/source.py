@@ -118,8 +118,9 @@ class Source:
         dtypes = {"default": dtype, "vae": torch.float32}
         if self.folder is not None:
             weights.check_folder(self.folder)
+            given = {**without(self.folder), **components}
             return DiffusionPipeline.from_pretrained(
-                self.folder, dtype=dtypes, use_safetensors=True, local_files_only=True, **components
+                self.folder, dtype=dtypes, use_safetensors=True, local_files_only=True, **given
             )
         if self.file is not None:
             pipeline_class = getattr(diffusers, self.pipeline_class())
@@ -133,6 +134,13 @@ class Source:
             return DiffusionPipeline.from_pretrained(
                 self.model, revision=self.revision, dtype=dtypes, use_safetensors=True, **components
             )
+
+
+def without(folder: Path) -> dict[str, None]:
+    """The parts that a diffusers folder says it does without, to be told when it is loaded: diffusers misses those
+    that its pipeline has no default for (SD 3's T5)."""
+    index = json.loads((folder / "model_index.json").read_text())
+    return {name: None for name, made in index.items() if made == [None, None]}
 
 
 def _class_in_folder(folder: Path) -> str:

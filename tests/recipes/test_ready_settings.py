@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from finetune import cli, config, shelf
 
-TINY = {"sd15": "sd", "sd21": "sd-v", "sdxl": "sdxl", "toybox": "sd"}
+TINY = {"sd15": "sd", "sd21": "sd-v", "sd35": "sd3", "toybox": "sd", "inpaint15": "sd-inpainting"}
+"""Of the families that files and `tiny` call by other names"""
 SHORT = ["--steps", "2", "--resolution", "64", "--save-every", "0", "--sample-every", "0", "--tracker", "none"]
 
 
@@ -30,7 +31,15 @@ def pictures(tmp_path: Path) -> Path:
 def test_ready_settings_train(name: str, pictures: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     recipe, family, what = name.split("-")
     run = tmp_path / "run"
-    words = ["--model", str(tiny_models[TINY[family]]), "--data", str(pictures), "--output", str(run), *SHORT]
+    words = [
+        "--model",
+        str(tiny_models[TINY.get(family, family)]),
+        "--data",
+        str(pictures),
+        "--output",
+        str(run),
+        *SHORT,
+    ]
     if what == "subject":
         words += ["--class-prompt", "a thing", "--class-images", "2", "--class-steps", "2"]
     cli.main(["train", recipe, "--config", name, *words])

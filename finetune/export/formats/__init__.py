@@ -108,7 +108,7 @@ def known_family(adapter: Adapter) -> type[Family]:
     """Raises Fault when the file does not tell for what it is."""
     if adapter.family is None:
         raise Fault("the file does not tell which kind of model the adapter is for. Name its base: --model.")
-    return families.FAMILIES[adapter.family]
+    return families.known(adapter.family)
 
 
 def _require_whole(path: Path, layers: Iterable[Layer]) -> None:
@@ -130,7 +130,7 @@ def family_of(adapter: Adapter) -> str | None:
     """What the adapter is for: its file says so, or only one family has such layers."""
     said = adapter.metadata
     own = headers.own(said).get("pipeline")
-    if own in families.FAMILIES:
+    if own in {*families.FAMILIES, *families.INPAINTING}:
         return str(own)
     for name, family in families.FAMILIES.items():
         published = family.published

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from finetune import families
 from finetune.errors import Fault
 from finetune.export.content import Adapter, File, Layer
 from finetune.export.naming import LEVEL
@@ -55,10 +58,11 @@ def read(file: File) -> Adapter:
             wrong += [f"{key}: no layer of a model that is known" for key in keys.values()]
             continue
         told = keys.pop("alpha", None)
-        layer = file.layer(part, path, keys, None if told is None else float(file.load(told)))
-        if layer.name in layers:
-            wrong.append(f"{module}: {layer.name} is there twice, under two names")
-        layers[layer.name] = layer
+        whole = file.layer(part, path, keys, None if told is None else float(file.load(told)))
+        for layer in _parted(module, whole):
+            if layer.name in layers:
+                wrong.append(f"{module}: {layer.name} is there twice, under two names")
+            layers[layer.name] = layer
     if wrong:
         raise Fault(f"{file.path}: {len(wrong)} of its names are not understood:", wrong)
     return Adapter(list(layers.values()), file.metadata)
@@ -67,9 +71,12 @@ def read(file: File) -> Adapter:
 def entries(adapter: Adapter, family: type[Family], dtype: torch.dtype | None) -> dict[str, Entry]:
     """The file's tensors: one alpha in it, as diffusers takes one for all; where a layer's scale is another, its
     weights are multiplied."""
-    common, made = _common_alpha(adapter), {}
-    for layer in adapter:
-        name = module(layer, family)
+    common, made = _common_alpha(adapter), dict[str, Entry]()
+    for name, places in _joint(adapter, family).items():
+        if len(shares := _shares(name, family)) > 1:
+            made |= _joined(name, places, shares, common, dtype)
+            continue
+        layer = places[0]
         rank = layer.rank
         factor = 1.0 if rank is None else layer.scale * rank / common
         folded = next((tensor for tensor in FOLDED if tensor in layer.shapes), None)
@@ -90,7 +97,25 @@ def metadata(adapter: Adapter, family: type[Family]) -> dict[str, str]:
 
 
 def module(layer: Layer, family: type[Family]) -> str:
-    """What a layer is called in files of the family. Raises Fault when it has no such layer."""
+    """What a layer is called in files of the family, maybe with others. Raises Fault when it has no such layer."""
+    return _placed(layer, family)[0]
+
+
+def _placed(layer: Layer, family: type[Family]) -> tuple[str, int]:
+    """The name, and the layer's place among those that have it."""
+    joined = family.published.joined
+    if layer.part == family.denoiser_name != "unet":
+        if joined is None:
+            raise Fault(f"{layer.name}: {family.title} has no names in kohya's format. Take the format diffusers.")
+        try:
+            path, place = joined.written(layer.path)
+        except KeyError as error:
+            raise Fault(f"{layer.name}: no layer that {family.title} has in kohya's format.") from error
+        return f"lora_unet_{path.replace('.', '_')}", place
+    return _alone(layer, family), 0
+
+
+def _alone(layer: Layer, family: type[Family]) -> str:
     if layer.part == family.denoiser_name:
         layout: Layout | None = family.published.original
         try:
@@ -104,6 +129,96 @@ def module(layer: Layer, family: type[Family]) -> str:
     return f"{prefix}_{layer.path.replace('.', '_')}"
 
 
+def _joint(adapter: Adapter, family: type[Family]) -> dict[str, dict[int, Layer]]:
+    """The layers by the names that they have together, and their places in each."""
+    made: dict[str, dict[int, Layer]] = {}
+    for layer in adapter:
+        name, place = _placed(layer, family)
+        made.setdefault(name, {})[place] = layer
+    return made
+
+
+def _shares(name: str, family: type[Family]) -> tuple[int, ...]:
+    """How the outputs of what has this name are shared out among our layers."""
+    joined = family.published.joined
+    try:
+        return joined.read(name.removeprefix("lora_unet_"))[1] if joined else (1,)
+    except KeyError:
+        return (1,)
+
+
+def _joined(
+    name: str, places: Mapping[int, Layer], shares: tuple[int, ...], common: float, dtype: torch.dtype | None
+) -> dict[str, Entry]:
+    """Several layers as one: their downs one below the other, their ups along a diagonal, zeros for those not there."""
+    layers = [places[place] for place in sorted(places)]
+    if other := [layer for layer in layers if set(layer.shapes) != {"lora_down.weight", "lora_up.weight"}]:
+        raise Fault(
+            f"{other[0].name}: kohya's format has it in one with other layers, which only a plain LoRA can be: "
+            "`finetune convert FILE OUT --format kohya --to-lora RANK`."
+        )
+    ranks = [layer.shapes["lora_down.weight"][0] for layer in layers]
+    rank, kept = sum(ranks), dtype or layers[0].load("lora_up.weight").dtype
+    first = min(places)
+    rows = places[first].shapes["lora_up.weight"][0] // shares[first]  # of a share of 1
+
+    def down() -> Tensor:
+        return torch.cat([layer.load("lora_down.weight") for layer in layers]).to(kept)
+
+    def up() -> Tensor:
+        made, column = torch.zeros(rows * sum(shares), rank), 0
+        for place, layer, own in zip(sorted(places), layers, ranks, strict=True):
+            begin = rows * sum(shares[:place])
+            block = layer.load("lora_up.weight").float() * (layer.scale * rank / common)
+            made[begin : begin + len(block), column : column + own] = block
+            column += own
+        return made.to(kept)
+
+    return {
+        f"{name}.lora_down.weight": Entry((rank, layers[0].shapes["lora_down.weight"][1]), kept, down),
+        f"{name}.lora_up.weight": Entry((rows * sum(shares), rank), kept, up),
+        f"{name}.alpha": Entry((), torch.float32, lambda: torch.tensor(common)),
+    }
+
+
+def _parted(module: str, whole: Layer) -> list[Layer]:
+    """The other way: our layers of one that joins several, without those that it does not change.
+
+    Where a layer's outputs are made from some of the rank only, as on a diagonal, it has that rank.
+    """
+    found = _joins(module)
+    if found is None or len(found[0]) == 1 or set(whole.shapes) != {"lora_down.weight", "lora_up.weight"}:
+        return [whole]
+    paths, shares = found
+    up, made, begin = whole.load("lora_up.weight"), [], 0
+    for path, share in zip(paths, shares, strict=True):
+        rows = slice(begin, begin := begin + len(up) * share // sum(shares))
+        if columns := up[rows].any(0).nonzero().flatten().tolist():
+            made.append(_part(whole, path, rows, columns))
+    return made
+
+
+def _part(whole: Layer, path: str, rows: slice, columns: list[int]) -> Layer:
+    rank, inputs = whole.shapes["lora_down.weight"]
+    shapes = {"lora_down.weight": (len(columns), inputs), "lora_up.weight": (rows.stop - rows.start, len(columns))}
+
+    def load(name: str) -> Tensor:
+        tensor = whole.load(name)
+        return tensor[columns] if name == "lora_down.weight" else tensor[rows][:, columns]
+
+    alpha = None if whole.alpha is None else whole.alpha * len(columns) / rank
+    return Layer(whole.part, path, shapes, load, alpha)
+
+
+def _joins(module: str) -> tuple[list[str], tuple[int, ...]] | None:
+    """What a name joins in one of the families of transformers."""
+    for family in families.FAMILIES.values():
+        if (joined := family.published.joined) and module.startswith("lora_unet_"):
+            with suppress(KeyError):
+                return joined.read(module.removeprefix("lora_unet_"))
+    return None
+
+
 def _common_alpha(adapter: Adapter) -> float:
     """The alpha that most layers have."""
     counted = Counter(round(layer.scale * layer.rank, 9) for layer in adapter if layer.rank is not None)
@@ -111,7 +226,9 @@ def _common_alpha(adapter: Adapter) -> float:
 
 
 def place(module: str) -> tuple[str, str]:
-    """Part and path of a name. Raises KeyError when it is none."""
+    """Part and path of a name, of one that joins several the first path. Raises KeyError when it is none."""
+    if found := _joins(module):
+        return "transformer", found[0][0]
     prefix, _, rest = module.partition("_")
     second, _, rest = rest.partition("_")
     part, words = PARTS[f"{prefix}_{second}"], WORD.findall(rest)
