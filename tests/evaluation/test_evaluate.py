@@ -134,8 +134,8 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_figures(
     monkeypatch.setattr(drawing, "sample", counting)
     again = evaluate(run, places, "--batch", "4", "--step", "result")
     assert again == whole
-    assert len(drawn) == 2 * (4 + 4 + 8), "nothing is drawn twice"
-    assert evaluate(run, places, "--batch", "4", "--step", "result") == whole and len(drawn) == 32
+    assert len(drawn) == 2 * (4 + 8 + 8), "nothing is drawn twice"
+    assert evaluate(run, places, "--batch", "4", "--step", "result") == whole and len(drawn) == 40
 
 
 def test_a_signal_stops_it_after_the_batch(
