@@ -11,6 +11,8 @@ from typing import Any
 
 BASE, RESULT = "base", "result"
 """The states that are no checkpoints: the model before the training, and what the run wrote at its end."""
+FOLDERS, FILE = ("evaluation", "measured"), "table.json"
+"""Where a run has its tables: of `finetune evaluate`, which is the fuller one, and of the training itself"""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def markdown(rows: Sequence[tuple[str, State]], heading: str) -> str:
     known = {name: next(s.figures[name] for _, s in rows if name in s.figures) for name in measures}
     head = [heading, *(_escaped(known[name].title) for name in measures)]
     lines = [_row(head), _row(["---"] * len(head))]
-    lines += [_row([_escaped(name), *(_said(state, measure) for measure in measures)]) for name, state in rows]
+    lines += [_row([_escaped(name), *(said(state, measure) for measure in measures)]) for name, state in rows]
     told = [f"- {_escaped(one.title)}: {one.scale}. Measured with {_escaped(one.judge)}." for one in known.values()]
     return "\n".join([*lines, "", *told]) + "\n"
 
@@ -135,7 +137,8 @@ def _matrix(table: Table) -> str:
     return "\n".join(["", _row(head), _row(["---"] * len(head)), *rows]) + "\n"
 
 
-def _said(state: State, measure: str) -> str:
+def said(state: State, measure: str) -> str:
+    """A figure with its interval, `-` where it is none; empty where it was not measured."""
     if measure not in state.figures:
         return ""
     one = state.figures[measure]

@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
+from finetune.evaluation import tables
 from finetune.publishing.release import Release
 
 LORA = ("text-to-image", "diffusers", "lora")
@@ -72,6 +73,7 @@ def _page(release: Release) -> Iterator[str]:
     yield "## Files"
     yield table(("file", "for"), [(text(name), use) for name, use in release.files.items()])
     yield "`sha256sum -c checksums.txt` tells whether they arrived whole."
+    yield from _measured(release)
     yield from _training(release)
     yield "## Licence"
     yield _licence(release)
@@ -148,6 +150,19 @@ def _scheduler(release: Release) -> Iterator[str]:
                      "pipeline.scheduler = DDIMScheduler.from_config(",
                      '    pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"',
                      ")"], "python")  # fmt: skip
+
+
+def _measured(release: Release) -> Iterator[str]:
+    if release.measured is None:
+        return
+    base, result = release.measured
+    rows = [
+        (text(one.title), tables.said(base, name), tables.said(result, name), text(one.judge), text(one.scale))
+        for name, one in result.figures.items()
+    ]
+    yield "## How good it is"
+    yield table(("measure", "base", "this", "metric model", "what it is"), rows)
+    yield "In parentheses the interval in which 95 of 100 resamplings of the prompts lie; all pictures of fixed seeds."
 
 
 def _training(release: Release) -> Iterator[str]:

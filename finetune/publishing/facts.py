@@ -13,6 +13,8 @@ from typing import Any
 
 from finetune import ledger, provenance, weights
 from finetune.errors import Fault
+from finetune.evaluation import tables
+from finetune.evaluation.tables import State
 
 ADAPTER, MODEL = "adapter.safetensors", "model"
 """What recipes write: an adapter, or a whole model as a diffusers folder."""
@@ -124,6 +126,29 @@ class Facts:
     def held_out(self) -> dict[int, float]:
         """Loss on the held-out pictures by step."""
         return {line["step"]: line["validation"] for line in self.log if line.get("validation") is not None}
+
+    @cached_property
+    def measured(self) -> tuple[State, State] | None:
+        """The base and the result, as they were measured last. Raises Fault for a table that cannot be read."""
+        for folder in tables.FOLDERS:
+            file = self.run / folder / tables.FILE
+            if not file.is_file():
+                continue
+            try:
+                table = tables.from_json(file.read_text(encoding="utf-8"))
+                last = table.trained[-1]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                raise Fault(
+                    f"{file}: this table cannot be read. Measure again: `finetune evaluate {self.run}`."
+                ) from error
+            if last.name == tables.RESULT or last.step == self.steps:
+                return table.base, last
+        return None
+
+    @property
+    def steps(self) -> int:
+        """How far the training went."""
+        return max((int(line["step"]) for line in self.log), default=0)
 
 
 def read(run: Path) -> Facts:

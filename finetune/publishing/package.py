@@ -8,12 +8,13 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import disk
 from finetune.errors import Fault
+from finetune.evaluation import tables
 from finetune.publishing.facts import MODEL, Facts
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
         strength=strength,
         training=facts.training,
         held_out=facts.held_out,
+        measured=facts.measured,
         description=wish.description or given.get("description"),
         author=given.get("author"),
         tags=given.get("tags") or (),
@@ -209,7 +211,8 @@ def _license(given: str | None, base: str | None) -> dict[str, str]:
 
 def _record(wish: Wish, facts: Facts) -> dict[str, Any]:
     states = [(path.stat().st_size, path.stat().st_mtime_ns) for path in facts.result]
-    return {"wish": _plain(wish), "run": hashlib.sha256(json.dumps(states).encode()).hexdigest()}
+    told = json.dumps([states, [tables.plain(asdict(state)) for state in facts.measured or ()]])
+    return {"wish": _plain(wish), "run": hashlib.sha256(told.encode()).hexdigest()}
 
 
 def _plain(wish: Wish) -> Mapping[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from finetune.evaluation.tables import State
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -45,6 +47,8 @@ class Release:
     """The picture of strengths"""
     training: Mapping[str, str] = field(default_factory=dict)
     held_out: Mapping[int, float] = field(default_factory=dict)
+    measured: tuple[State, State] | None = None
+    """The base and what is published, with their figures"""
     description: str | None = None
     author: str | None = None
     tags: Sequence[str] = ()

@@ -19,9 +19,7 @@ from finetune.evaluation.tables import Table
 from finetune.report import record
 from finetune.report.record import Record
 
-MEASURED = ("evaluation", "measured")
-"""Where tables are: of `finetune evaluate`, which is the fuller one, and of the training itself"""
-TABLE, SAMPLES = "table.json", "samples"
+SAMPLES = "samples"
 LISTED = 60
 """Files of a folder that are listed one by one"""
 
@@ -135,7 +133,7 @@ def read(run: Path) -> Facts:
 def version(run: Path) -> str:
     """Changes whenever something changes that the report tells."""
     told = [ledger.FILE, ledger.LOG, ledger.SETTINGS, record.FILE, SAMPLES, "best", "model", "adapter.safetensors"]
-    told += [f"{folder}/{TABLE}" for folder in MEASURED]
+    told += [f"{folder}/{tables.FILE}" for folder in tables.FOLDERS]
     entry = _entry(run)
     return "-".join([entry.state if entry else "unknown", *(_stamp(run / name) for name in told)])
 
@@ -204,15 +202,15 @@ def _is_number(value: Any) -> bool:
 
 
 def _table(run: Path, notes: list[str]) -> tuple[Table | None, Verdict | None, Path | None]:
-    for folder in MEASURED:
-        file = run / folder / TABLE
+    for folder in tables.FOLDERS:
+        file = run / folder / tables.FILE
         try:
             text = file.read_text(encoding="utf-8")
             return tables.from_json(text), _verdict(json.loads(text).get("verdict")), file.parent
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            notes.append(f"{folder}/{TABLE} cannot be read: {_said(error)}")
+            notes.append(f"{folder}/{tables.FILE} cannot be read: {_said(error)}")
     return None, None, None
 
 

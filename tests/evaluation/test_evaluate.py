@@ -135,7 +135,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_figures(
     again = evaluate(run, places, "--batch", "4", "--step", "result")
     assert again == whole
     assert len(drawn) == 2 * (4 + 8 + 8), "nothing is drawn twice"
-    assert evaluate(run, places, "--batch", "4", "--step", "result") == whole and len(drawn) == 32
+    assert evaluate(run, places, "--batch", "4", "--step", "result") == whole and len(drawn) == 40
 
 
 def test_a_signal_stops_it_after_the_batch(

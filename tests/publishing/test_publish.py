@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from finetune import weights
 from finetune.cli import main
+from finetune.evaluation.tables import Figure, State, Table, to_json
 from finetune.export import formats
 from finetune.export.compare import other_changes
 from finetune.families import FAMILIES
@@ -60,11 +61,18 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]) 
     return root / "run"
 
 
+def likeness(value: float) -> dict[str, Figure]:
+    return {"likeness": Figure("likeness", "DINO", value, value - 0.1, value + 0.1, 4, "DINO <b>S</b>", "mean cosine")}
+
+
 @pytest.fixture(scope="module")
 def made(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run with its folder as `publish` made it. Read only."""
     mine = tmp_path_factory.mktemp("made") / "run"
     shutil.copytree(run, mine)
+    table = Table("run", "short", [State("base", 0, likeness(0.25)), State("result", 2, likeness(0.75))])
+    (mine / "evaluation").mkdir()
+    (mine / "evaluation" / "table.json").write_text(to_json(table, verdict=None))
     main(["publish", str(mine), "--repo", REPO, *DRAW, "--prompt", "sks house at sea", NASTY,
           "--base-model", "runwayml/stable-diffusion-v1-5", "--license", "creativeml-openrail-m"])  # fmt: skip
     return mine
@@ -278,7 +286,7 @@ def test_the_page_shows_what_was_said_and_runs_none_of_it(made: Path) -> None:
     assert nasty in page.text and "Mary <i>M</i>" in page.text
     assert not {"i", "b", "script"} & set(page.elements)
     assert page.elements.count("strong") == 3, "the programs' names"
-    assert page.elements.count("h1") == 1 and page.elements.count("table") == 4
+    assert page.elements.count("h1") == 1 and page.elements.count("table") == 5
     assert page.pictures == ["images/01-seed0.png", "images/02-seed0.png", "images/strength.png"]
     assert all(link.startswith("https://huggingface.co/") for link in page.links)
     assert f'pipeline.load_lora_weights("{REPO}")' in page.text
@@ -286,6 +294,8 @@ def test_the_page_shows_what_was_said_and_runs_none_of_it(made: Path) -> None:
     for told in ("rank\n4", "alpha\n2", "steps\n2", "pictures\n3", "size\n64x64"):
         assert told in page.text, told
     assert "Loss on pictures that were held out" in page.text
+    measured = ("DINO", "0.250 (0.150 to 0.350)", "0.750 (0.650 to 0.850)", "DINO <b>S</b>", "mean cosine")
+    assert "\n".join(measured) in page.text
 
 
 # --- refused -------------------------------------------------------------------------------------------------------
@@ -378,6 +388,14 @@ def test_a_name_may_be_told_on_purpose(
     assert "README.md: a name from the training data" in refused(words)
     main([*words, "--may-tell", "Familienfest-4.png", "Familienfest-4"])
     assert "made by mary after Familienfest-4.png" in (folder / "README.md").read_text()
+
+
+def test_what_was_measured_since_is_not_passed_over(words: list[str], refused: Callable[..., str]) -> None:
+    file = Path(words[1]) / "evaluation" / "table.json"
+    file.write_text(file.read_text().replace("0.75", "0.5"))
+    assert "made with other settings, or of another state of the run. --overwrite makes it anew" in refused(words)
+    file.write_text("{")
+    assert "table.json: this table cannot be read" in refused(words)
 
 
 def test_what_makes_no_sense(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
