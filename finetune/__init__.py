@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from finetune import adapters, config, data, export, families, keys, loop, objective, optim, priors, sampling
     from finetune.data.encoding import encode, release_frozen
     from finetune.errors import Failure, Fault
+    from finetune.evaluation.during import Measured
     from finetune.families import Source, load
     from finetune.loop import Training, ask, due
     from finetune.previews import preview
@@ -26,6 +27,7 @@ MODULES = [
 HOME = {
     "Failure": "errors",
     "Fault": "errors",
+    "Measured": "evaluation.during",
     "Run": "run",
     "Source": "families",
     "Training": "loop",
@@ -41,6 +43,7 @@ HOME = {
 __all__ = [
     "Failure",
     "Fault",
+    "Measured",
     "Run",
     "Source",
     "Training",

@@ -56,19 +56,24 @@ def lora(family: Family, adapter: Adapter, lr: float, text_encoder_lr: float | N
         with keys.seeded(seed, "adapter", part):
             module.add_adapter(config, NAME)
         cast_training_params(module, torch.float32)
-    return _groups(family, lr, text_encoder_lr)
+    return groups(family, lr, text_encoder_lr)
+
+
+def adapted(family: Family) -> list[Any]:
+    """The parts that carry an adapter."""
+    return [part for part in families.modules(family).values() if getattr(part, "peft_config", None)]
 
 
 @contextmanager
 def off(family: Family) -> Iterator[None]:
     """Inside, the adapter does nothing: the model is the frozen base."""
-    adapted: list[Any] = [part for part in families.modules(family).values() if getattr(part, "peft_config", None)]
-    for part in adapted:
+    parts = adapted(family)
+    for part in parts:
         part.disable_adapters()
     try:
         yield
     finally:
-        for part in adapted:
+        for part in parts:
             part.enable_adapters()
 
 
@@ -80,7 +85,7 @@ def full(family: Family, lr: float, text_encoder_lr: float | None, weights: str 
     families.freeze(family)
     for part in _rates(family, lr, text_encoder_lr):
         getattr(family.pipeline, part).to(engine.DTYPES[weights]).requires_grad_(True)
-    return _groups(family, lr, text_encoder_lr)
+    return groups(family, lr, text_encoder_lr)
 
 
 def _rates(family: Family, lr: float, text_encoder_lr: float | None) -> dict[str, float]:
@@ -93,7 +98,8 @@ def _rates(family: Family, lr: float, text_encoder_lr: float | None) -> dict[str
     return rates
 
 
-def _groups(family: Family, lr: float, text_encoder_lr: float | None) -> list[Group]:
+def groups(family: Family, lr: float, text_encoder_lr: float | None) -> list[Group]:
+    """What trains of a family that was prepared by one of these."""
     return [
         Group(part, [p for p in getattr(family.pipeline, part).parameters() if p.requires_grad], rate)
         for part, rate in _rates(family, lr, text_encoder_lr).items()

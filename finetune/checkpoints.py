@@ -107,6 +107,11 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def identity(path: Path) -> str:
+    """A name for exactly this state."""
+    return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+
+
 def pack(tree: Any) -> tuple[dict[str, Tensor], Any]:
     """A tree as named tensors and as what JSON holds. Numbers keep every bit, keys that are no texts their type."""
     tensors: dict[str, Tensor] = {}

@@ -180,6 +180,7 @@ VERBS = {
     "explain": Verb("a film strip of how a picture comes to be, word by word", _page("finetune.commands.explain")),
     "evaluate": Verb("how good a run is: figures, copies, a verdict", _gently("finetune.commands.evaluate")),
     "compare": Verb("evaluated runs side by side", _page("finetune.commands.compare")),
+    "report": Verb("one HTML page of a run: verdict, pictures, curves, files", _page("finetune.commands.report")),
     "runs": Verb("list the runs in a folder and how far they are", _page("finetune.commands.runs")),
     "data check": Verb("look a data set over: every problem at once", _page("finetune.commands.check")),
     "data preview": Verb("a sheet of the pictures with their crops", _page("finetune.commands.preview")),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,6 +22,14 @@ UNUSED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor and context parallelism are not known to the loop",
 }
 """What a launcher's configuration may ask for and is no engine here."""
+
+OURS = {
+    "gradient_clipping": ("--max-grad-norm", 0),
+    "gradient_accumulation_steps": ("--accumulation", 1),
+    "optimizer": ("--optimizer", None),
+    "scheduler": ("--schedule", None),
+}
+"""What DeepSpeed's configuration may say and settings say here: the flag for it, the value that asks for nothing."""
 
 
 def device() -> str:
@@ -45,6 +55,22 @@ def is_sharding(accelerator: Accelerator) -> bool:
     return running(accelerator) in SHARDING
 
 
+def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """Accelerate's, for what is computed in `--precision`. It leaves that to DeepSpeed, which would round weights."""
+    if running(accelerator) != "deepspeed":
+        return accelerator.autocast()
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=accelerator.mixed_precision == "bf16")
+
+
+def require_installed() -> None:
+    """Refuse an engine that a launcher asks for and that is not there; Accelerate fails over it."""
+    if _is_set("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
+        raise Fault(
+            "DeepSpeed was asked for (ACCELERATE_USE_DEEPSPEED, by the launcher's configuration) and is not installed: "
+            "`pip install 'finetune-kit[deepspeed]'`. Or take FSDP2, which needs no more: see accelerate_config.yaml."
+        )
+
+
 def require(train: Train, accelerator: Accelerator) -> None:
     """Refuse to run on less, or on something else, than was asked for: launchers do so without a word."""
     found, engine = accelerator.num_processes, running(accelerator)
@@ -67,11 +93,6 @@ def require(train: Train, accelerator: Accelerator) -> None:
     for name, why in UNUSED.items():
         if _is_set(name):
             raise Fault(f"{name}: {why}. Take it out of the launcher's configuration.")
-    if engine == "deepspeed":
-        raise Fault(
-            "DeepSpeed keeps the optimizer's state in flat parts of its own, which a checkpoint for any number of "
-            "processes does not hold. Take FSDP2, which shares out as ZeRO-3 does: see accelerate_config.yaml."
-        )
     if train.engine not in ("any", engine):
         raise Fault(
             f"--engine {train.engine}: the engine would be {engine}, {found} process(es). The launcher chooses it: see "
@@ -84,6 +105,8 @@ def require(train: Train, accelerator: Accelerator) -> None:
         )
     if engine == "fsdp":
         _require_fsdp(train, accelerator.state.fsdp_plugin)
+    if engine == "deepspeed":
+        _require_zero(train, accelerator.deepspeed_plugin)
 
 
 def _require_fsdp(train: Train, plugin: Any) -> None:
@@ -102,6 +125,24 @@ def _require_fsdp(train: Train, plugin: Any) -> None:
         raise Fault("fsdp_offload_params: not supported. Take more processes, or --gradient-checkpointing.")
     if getattr(plugin.auto_wrap_policy, "__name__", "") == "size_based_auto_wrap_policy":
         raise Fault("fsdp_auto_wrap_policy SIZE_BASED_WRAP: say TRANSFORMER_BASED_WRAP, the model knows its blocks.")
+
+
+def _require_zero(train: Train, plugin: Any) -> None:
+    """Refuse what the loop does not do with DeepSpeed, and what it does itself."""
+    config, stage = plugin.deepspeed_config, plugin.zero_stage
+    fsdp = "Take FSDP2 (`--engine fsdp`), which shares out weights too: see accelerate_config.yaml."
+    if stage not in (1, 2):
+        raise Fault(f"zero_stage {stage}: DeepSpeed's stages 1 and 2 are known to the loop. {fsdp}")
+    offloaded = (config["zero_optimization"].get(f"offload_{what}") or {} for what in ("optimizer", "param"))
+    if any(told.get("device", "none") != "none" for told in offloaded):
+        raise Fault(f"offload_optimizer_device, offload_param_device: not supported, say none. Short of memory? {fsdp}")
+    if train.precision == "fp16" or config.get("fp16", {}).get("enabled") is True:
+        raise Fault("fp16: DeepSpeed would step and scale the loss in a way of its own. Say --precision bf16.")
+    if config.get("bf16", {}).get("enabled") is True and train.precision != "bf16":
+        raise Fault("bf16 in DeepSpeed's configuration: say --precision bf16 instead.")
+    for name, (flag, nothing) in OURS.items():
+        if config.get(name) not in (None, "auto", nothing):
+            raise Fault(f"{name} in DeepSpeed's configuration: take it out, and say {flag} instead.")
 
 
 def _is_set(name: str) -> bool:

@@ -23,11 +23,13 @@ from finetune.settings import Output, Train
 
 LOG = ledger.LOG
 FREE = frozenset({
-    *("output", "resume", "resume_or_begin", "allow_changed", "tracker", "cache", "use_cache"),
+    *("output", "resume", "resume_or_begin", "allow_changed", "tracker", "report", "cache", "use_cache"),
     *("batch_size", "accumulation", "processes", "engine"),
     *("save_every", "checkpoint_every", "keep_last", "keep_every", "on_nan", "ema_on_cpu", "validate_every"),
     *("optimizer_in_backward", "gradient_checkpointing"),
     *("sample_every", "sample_prompts", "sample_steps", "sample_guidance"),
+    *("measure", "measure_share", "measure_count", "measure_steps", "measure_batch", "measure_prompts"),
+    *("subject", "class_name", "dino", "clip", "lpips", "patience"),
     *("title", "author", "license", "description", "tags", "tell_captions"),
 })  # fmt: skip
 """Settings that may change between a checkpoint and what goes on from it: nothing that is trained follows from them.
@@ -78,9 +80,10 @@ class Keeper:
             disk.write_text(self.folder / ledger.SETTINGS, config.dumps(self.config))
         recipe = config.recipe_of(self.folder / ledger.SETTINGS) or ""
         before = ledger.read(self.folder) if self.resume else None
-        self.entry = ledger.write(
-            self.folder, ledger.Entry(recipe, self.train.steps, step=before.step if before else 0)
+        now = replace(
+            before or ledger.Entry("", 0), recipe=recipe, steps=self.train.steps, state="running", identity={}
         )
+        self.entry = ledger.write(self.folder, now)
         self._begun = True
 
     def go_on(self, training: Training, base: str) -> str | None:
@@ -131,14 +134,23 @@ class Keeper:
             "factor": self.factor,
         }
         checkpoint = Checkpoint(training.done, kept)
-        best = best_step(training.validations, [*checkpoints.steps(self.folder), training.done])
+        best = best_step(self.folder, training.validations, [*checkpoints.steps(self.folder), training.done])
         checkpoints.save(self.folder, checkpoint, self.train.keep_last, self.train.keep_every, best)
         self.entry = ledger.write(self.folder, self.entry, state=state, step=training.done, identity=self.identity)
+
+    def judged(self, best: int | None, word: str = "", reason: str = "") -> None:
+        """Note what measuring says: the best state's steps, and the verdict on the last one."""
+        if self.leads:
+            self.entry = ledger.write(self.folder, self.entry, best=best, verdict=word, reason=reason)
+
+    def best(self, training: Training) -> int | None:
+        """The steps of the best checkpoint."""
+        return best_step(self.folder, training.validations, checkpoints.steps(self.folder))
 
     def verdict(self, training: Training) -> str:
         """What the losses on held-out pictures say of the run."""
         told = training.validations
-        best = best_step(told, checkpoints.steps(self.folder))
+        best = lowest(told, checkpoints.steps(self.folder))
         said = [f"at step {step}: {told[step]:.4f}" for step in (min(told), max(told)) if step in told]
         if best is not None:
             said.append(f"lowest of the checkpoints at step {best}: {told[best]:.4f}, kept in {checkpoints.name(best)}")
@@ -204,7 +216,14 @@ def _require(folder: Path, resume: bool) -> None:
     raise Fault(f"{folder}: there is something there already. A run writes over nothing: name a new --output.")
 
 
-def best_step(validations: Mapping[int, float], kept: Iterable[int]) -> int | None:
+def best_step(folder: Path, validations: Mapping[int, float], kept: Iterable[int]) -> int | None:
+    """The best of the checkpoints that are kept, by its steps: the one that measuring chose (`evaluation/verdict.py`
+    has the rule), else the one with the lowest loss on held-out pictures."""
+    entry, steps = ledger.read(folder), list(kept)
+    return entry.best if entry and entry.best in steps else lowest(validations, steps)
+
+
+def lowest(validations: Mapping[int, float], kept: Iterable[int]) -> int | None:
     """The step, of those that are kept, with the lowest loss on held-out pictures."""
     measured = {step: validations[step] for step in kept if step in validations}
     finite = {step: loss for step, loss in measured.items() if math.isfinite(loss)}

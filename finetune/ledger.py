@@ -32,6 +32,12 @@ class Entry:
     """What the training follows from besides its settings: hashes of the base and of the data"""
     updated: float = 0.0
     """Seconds since 1970"""
+    best: int | None = None
+    """Steps of the best state, where the run measured itself"""
+    verdict: str = ""
+    """On the last state that was measured: under-trained, good, over-trained or unknown"""
+    reason: str = ""
+    """The verdict in words"""
 
 
 def write(folder: Path, entry: Entry, **changes: Any) -> Entry:
@@ -71,6 +77,13 @@ def hold(folder: Path) -> FileLock:
     except OSError as error:
         raise Fault(f"{folder}: cannot be written to ({error.strerror}). Name another --output.") from error
     return lock
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The steps that the run's log tells of; empty without one. A line that was not written whole is left out."""
+    file = folder / LOG
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def below(folder: Path) -> Iterator[tuple[Path, Entry]]:

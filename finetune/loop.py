@@ -155,7 +155,7 @@ class Training:
         asks = bool(loss.unmasked_prior) or any(i.example.taught and i.example.lesson is None for i in data.companions)
         sharding.require_no_questions(asks, accelerator)
         self.whole = sharding.Whole(family, accelerator)
-        self.model, self.optimizer = sharding.prepare(model, optimizer, accelerator)
+        self.model, self.optimizer = sharding.prepare(model, optimizer, accelerator, settings.max_grad_norm)
         own = dict(model.parts.named_parameters())  # other ones than before where they are shared out
         self.parameters = {name: parameter for name, parameter in own.items() if name in names}
         self.names = {parameter: name for name, parameter in self.parameters.items()}
@@ -327,7 +327,7 @@ def ask(
     for item, lesson in track(asked, "ask the base", len(asked)) if asked else ():
         batch = batches.lesson(item)
         noised = model.objective.noised(batch.latents, batch.noise, batch.timesteps)
-        with accelerator.autocast():
+        with engine.autocast(accelerator):
             lessons[lesson] = model.base(batch, noised, batch.taught)[0].cpu()
     return replace(data, lessons=lessons)
 
@@ -348,7 +348,8 @@ def _accumulate(
     total = torch.zeros((), device=accelerator.device)
     for number, (part, batch) in enumerate(passes):
         last = number == len(passes) - 1
-        with nullcontext() if last else accelerator.no_sync(model), keys.seeded(train.seed, "forward", step, part):
+        adding = nullcontext() if last else sharding.adding_up(model, accelerator)
+        with adding, keys.seeded(train.seed, "forward", step, part):
             loss = (batch.shares * model(batch)).sum()
             total += loss.detach()
             with completing(total) if last else nullcontext():

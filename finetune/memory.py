@@ -28,6 +28,7 @@ PHASES = {
     "finetune.commands.animate": "drawing",
     "finetune.commands.explain": "drawing",
     "finetune.previews": "sampling",
+    "finetune.evaluation": "measuring",
     "finetune.class_pictures": "drawing class pictures",
     "finetune.data.encoding": "encoding pictures and captions",
     "finetune.export": "exporting",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from finetune import families, sampling
+from finetune import engine, families, sampling
 from finetune.data.encoding import release_frozen
 from finetune.families import Family, Source
 from finetune.pictures import save_png
@@ -12,19 +13,26 @@ from finetune.run import Run
 from finetune.settings import Samples
 
 
+@contextmanager
+def able_to_draw(run: Run, family: Family, source: Source) -> Iterator[None]:
+    """Inside, the parts that are out of memory while training are back, in the leading process; then they go again."""
+    families.restore(family, source, run.dtype)
+    family.pipeline.to(run.device)
+    try:
+        with engine.autocast(run.accelerator):
+            yield
+    finally:
+        release_frozen(family)
+
+
 def preview(
     run: Run, family: Family, source: Source, settings: Samples, prompts: Sequence[str], size: int, step: int
 ) -> None:
-    """Write `samples/step-000100-0.png` ...: one picture a prompt, always from the same seeds.
-
-    The parts that are out of memory while training come back for it, in the leading process, and go again.
-    """
+    """Write `samples/step-000100-0.png` ...: one picture a prompt, always from the same seeds."""
     if not run.leads:
         return
-    families.restore(family, source, run.dtype)
-    family.pipeline.to(run.device)
     seeds = range(run.train.seed, run.train.seed + len(prompts))
-    with run.accelerator.autocast():
+    with able_to_draw(run, family, source):
         pictures = sampling.sample(
             family,
             prompts,
@@ -40,4 +48,3 @@ def preview(
         facts = {"prompt": prompt, "seed": seed, "step": step, "model": source.model, "revision": source.revision}
         facts |= {"steps": settings.sample_steps, "guidance": settings.sample_guidance}
         save_png(picture, folder / f"step-{step:06d}-{number}.png", facts)
-    release_frozen(family)

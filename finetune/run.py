@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -34,17 +36,35 @@ from finetune.data import Item
 from finetune.data.encoding import Turn
 from finetune.data.reading import concepts
 from finetune.errors import Failure, Fault, Stopped
+from finetune.export import trained
 from finetune.families import Family, Source
 from finetune.keeping import LOG, Keeper
 from finetune.loop import NotFinite, Training, due
+from finetune.report.following import Follower
 from finetune.settings import Optim, Output, Train
 from finetune.signals import Watch
 from finetune.weights import said
 
 Piece = TypeVar("Piece")
-LOGS = "logs"
-UNTOLD = (LOGS, checkpoints.FOLDER, ledger.LOCK)
+LOGS, BEST = "logs", "best"
+UNTOLD = (LOGS, checkpoints.FOLDER, ledger.LOCK, "measured")
 """What of a run's folder is nobody's product"""
+
+
+class Measures(Protocol):
+    """What measures a run while it trains (`evaluation/during.py`). All processes must ask."""
+
+    stops: bool
+    """Whether it is enough"""
+
+    def go_on(self, training: Training) -> None:
+        """Forget what was measured after the step that was taken last."""
+
+    def measure(self, training: Training) -> None:
+        """Measure the state that was kept last, where it is due; before the first step, the base."""
+
+    def said(self) -> str | None:
+        """What the figures say of the run."""
 
 
 class Run:
@@ -60,6 +80,7 @@ class Run:
         _require_sense(train)
         optim.check(optimizer)
         ema.check(train, optimizer)
+        engine.require_installed()
         AcceleratorState._reset_state()  # a second run in one process may have another precision
         self.accelerator = Accelerator(
             mixed_precision="no" if train.precision == "fp32" else train.precision,
@@ -71,6 +92,7 @@ class Run:
         self.optimizer = optim.resolve(optimizer.optimizer, self.device, engine.is_sharding(self.accelerator))
         self.console = Console(quiet=not self.leads)
         self.keeper = Keeper(config, output, train, self.leads)
+        self.report = Follower(self.folder, self.leads, output.report)
         self._held = False
         self.accelerator.wait_for_everyone()  # each has looked at the folder before one of them begins in it
 
@@ -121,11 +143,12 @@ class Run:
         warnings: Sequence[str] = (),
     ) -> None:
         """Keep the settings in the folder, and say what is going to happen."""
-        if asked := self._agreed(signals.received()):
+        if asked := self._agreed():
             raise signals.stopped(asked)
         if not self._held:
             self.hold()
         self.keeper.begin()
+        self.report.begin(subjects, held)
         self.watch.advice = f"Go on: `finetune train --output {self.folder} --resume`."
         if self.tracker != "none":
             self.accelerator.init_trackers(LOGS)
@@ -149,14 +172,20 @@ class Run:
         if said := self.keeper.go_on(training, source.identity()):
             self.say(said)
 
-    def steps(self, training: Training) -> Iterator[int]:
-        """Go through the training steps: the bar, the logs, the checkpoints. Yields the number of steps done.
+    def steps(self, training: Training, measured: Measures) -> Iterator[int]:
+        """Go through the training steps: the bar, the logs, the checkpoints, and what is measured at them.
+
+        Yields the number of steps done.
 
         Raises Stopped, the state being kept, after the step in which a signal asked for it.
         """
         try:
-            while training.done < self.train.steps:
-                yield from self._until_done(training)
+            measured.go_on(training)
+            measured.measure(training)  # the base, or what a stop has cut short
+            if asked := self._agreed():
+                raise signals.stopped(asked)
+            while training.done < self.train.steps and not measured.stops:
+                yield from self._until_done(training, measured)
             self._require_equal(training)
         except NotFinite as fault:
             if not fault.torn:
@@ -165,28 +194,39 @@ class Run:
             raise
         if training.validations:
             self.say(self.keeper.verdict(training))
+        if measured.stops and training.done < self.train.steps:
+            self.say(f"ends after step {training.done} of {self.train.steps}: --patience")
+        if told := measured.said():
+            self.say(told)
         training.settle()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
-    def _until_done(self, training: Training) -> Iterator[int]:
+    def _until_done(self, training: Training, measured: Measures) -> Iterator[int]:
         """The steps that are left, or those up to one that is not finite and is gone back from."""
         try:
             for step in self._reported(training):
                 yield step
-                asked = self._agreed(signals.received())
+                asked = self._agreed()
                 if asked or due(step, self.train.checkpoint_every) or step == self.train.steps:
                     self.keeper.keep(training, "stopped" if asked else "running")
                     self.accelerator.wait_for_everyone()
+                    if not asked:
+                        measured.measure(training)  # what is kept is not lost by it
+                        asked = self._agreed()
+                    self.report.update()
                 if asked:
                     raise Stopped(
                         f"Stopped by {asked} after step {step} of {self.train.steps}; the state is kept. "
                         f"{self.watch.advice}"
                     )
+                if measured.stops:
+                    return
         except NotFinite as fault:
             if self.train.on_nan == "stop" or not (said := self.keeper.roll_back(training)):
                 raise
             self.say(f"{fault.message.partition(';')[0]}: {said}")
+            measured.go_on(training)
 
     def _require_equal(self, training: Training) -> None:
         """Several processes that each hold all weights must end with the same."""
@@ -194,11 +234,15 @@ class Run:
             sharding.require_equal(training.parameters, self.accelerator)
             self.say(f"the trained weights are equal in all {self.accelerator.num_processes} processes")
 
-    def _agreed(self, received: str | None) -> str | None:
-        """What any of the processes received: they ask one another after every step, and stop together."""
-        flag = torch.tensor(float(received is not None), device=self.device)
-        any_did = float(self.accelerator.reduce(flag, "sum")) > 0
-        return (received or "a signal to another process") if any_did else None
+    def any(self, mine: bool) -> bool:
+        """Whether it is so in any of the processes. All must ask."""
+        flag = torch.tensor(float(mine), device=self.device)
+        return float(self.accelerator.reduce(flag, "sum")) > 0
+
+    def _agreed(self) -> str | None:
+        """The signal that any of the processes received: they ask one another after every step, and stop together."""
+        received = signals.received()
+        return (received or "a signal to another process") if self.any(received is not None) else None
 
     def _reported(self, training: Training) -> Iterator[int]:
         """The steps with their bar, `log.jsonl` and the tracker."""
@@ -227,10 +271,39 @@ class Run:
             self.keeper.end(state)
         except (OSError, Failure):
             self.keeper.end()
+        if state is not None:
+            self.report.update()
+
+    def fresh(self, name: str) -> Path:
+        """Where a file or folder of the run is written. What a killed run has left of it goes: it is made again."""
+        path = self.folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.parent.mkdir(exist_ok=True)
+        return path
+
+    def keep_best(self, training: Training, name: str, save: Callable[[str], object]) -> None:
+        """Write RUN/best, where checkpoints were measured: `name`, the result, as the best one's weights give it.
+
+        `save` writes what the live model is, which takes these weights for good. Where the last state is the best one,
+        its files are there under a second name (hard links; copies where a disk has none), and take no more room.
+        """
+        step = self.keeper.best(training)
+        if step is None:
+            return
+        self.fresh(BEST).mkdir()
+        if step == training.done:
+            _linked(self.folder / name, self.folder / BEST / name)
+        else:
+            trained.become(training.whole.family, self.folder / checkpoints.name(step))
+            save(f"{BEST}/{name}")
+        last = ", which is the last state: the same files under a second name" if step == training.done else ""
+        self.say(f"best: step {step}{last}, in {self.folder / BEST / name}")
 
     def finish(self, usage: str) -> None:
         """Say what was written, and the command that uses it."""
         self.keeper.end("finished")
+        self.report.update()
         table = Table.grid(padding=(0, 2))
         names = [path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file()]
         for name in (name for name in names if name.parts[0] not in UNTOLD):
@@ -292,6 +365,21 @@ def _require_sense(train: Train) -> None:
         if getattr(train, name) < 1:
             raise Fault(f"--{name.replace('_', '-')} {getattr(train, name)}: at least 1.")
     engine.dtype(train.precision)
+
+
+def _linked(source: Path, target: Path) -> None:
+    """The same file, or all of a folder, under another name."""
+
+    def link(file: str, other: str) -> None:
+        try:
+            os.link(file, other)
+        except OSError:
+            shutil.copy2(file, other)
+
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=link)
+    else:
+        link(str(source), str(target))
 
 
 def _beside(companions: Sequence[Item]) -> str:

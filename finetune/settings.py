@@ -102,7 +102,7 @@ class Data:
     ahead, and cached."""
     validation: float = 0.0
     """Share of the pictures that is held out of the training. Their loss is measured at each checkpoint, always at the
-    same noise and timesteps, and the checkpoint where it is lowest is kept."""
+    same noise and timesteps, and the checkpoint where it is lowest is kept, unless --measure chooses one."""
     concepts: Annotated[tuple[Concept, ...], Suppress] = ()
     """Several things to learn at once: `[[concepts]]` tables in TOML, instead of `data`."""
 
@@ -233,9 +233,9 @@ class Train:
     """Passes whose gradients are added up before a step."""
     processes: int | None = None
     """Refuse to train with another number of processes than this: launchers may start one and say nothing."""
-    engine: Literal["any", "single", "ddp", "fsdp"] = "any"
+    engine: Literal["any", "single", "ddp", "fsdp", "deepspeed"] = "any"
     """Refuse to train on another engine than this; the launcher's configuration chooses it. `ddp` keeps all in each
-    process, `fsdp` (version 2) shares out weights, gradients and optimizer."""
+    process, `fsdp` (version 2) shares out weights, gradients and optimizer, `deepspeed` (ZeRO 1 or 2) the last two."""
     precision: Precision = "fp32"
     """Precision of the forward and backward pass. Trained weights stay fp32, unless --weights says bf16; fp16
     needs a GPU."""
@@ -259,7 +259,7 @@ class Train:
     """Keep the whole state of the training every so many steps, to go on from after a stop (--resume). 0: only when it
     is stopped by a signal."""
     keep_last: int = 2
-    """Number of checkpoints that are kept, the newest; with held-out pictures the best one is kept too."""
+    """Number of checkpoints that are kept, the newest; with measuring or held-out pictures the best one is kept too."""
     keep_every: int = 0
     """Also keep the checkpoints at multiples of so many steps. 0: none."""
 
@@ -312,6 +312,39 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What was learned, measured at the checkpoints while training, to choose the best one (README: How good is it)."""
+
+    measure: Literal["auto", "off", "toybox", "published"] = "auto"
+    """Who measures: toybox's own judge, or the metric models of the papers. `auto`: toybox's for a run on toybox, and
+    nothing else. What is trained is the same with and without."""
+    measure_share: float = 0.1
+    """Measure for no more than this share of the time that the steps take, at most 0.1: a checkpoint that would cost
+    more is not measured. Only the base and the last state always are."""
+    measure_count: int = 1
+    """Pictures of each prompt, always from the same seeds."""
+    measure_steps: int = 8
+    """Denoising steps of such a picture: few, as they are only compared with each other."""
+    measure_batch: int = 4
+    """Pictures drawn at a time: fewer need less memory."""
+    measure_prompts: tuple[str, ...] = ()
+    """Your own prompts, with the subject's words in them. Default: the short protocol of `finetune evaluate`."""
+    subject: str | None = None
+    """The words that call what is learned, e.g. "sks dog". Default: as trigger, prompt or captions have it."""
+    class_name: str | None = None
+    """What it is one of, e.g. dog. Default: as the class prompt has it."""
+    dino: str = "facebook/dino-vits16"
+    """`published`: hub name or folder of the model for likeness, DINO ViT-S/16 or DINOv2."""
+    clip: str = "openai/clip-vit-base-patch32"
+    """`published`: hub name or folder of the CLIP model."""
+    lpips: str = "timm/vgg16.tv_in1k"
+    """`published`: hub name or folder of VGG16 for LPIPS."""
+    patience: int = 0
+    """End the run when so many checkpoints were measured since the best one. 0: take all steps. Without measuring
+    it is refused."""
+
+
+@dataclass(frozen=True)
 class Output:
     """Where the results go."""
 
@@ -326,6 +359,8 @@ class Output:
     """Go on although settings, base or data are not those that the checkpoint was made with."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where the curves go besides `log.jsonl`."""
+    report: bool = True
+    """Keep report.html in the folder up to date: a page of the run, made anew at each checkpoint and at the end."""
     title: str | None = None
     """What the trained file is called in its header, which clients show. Default: after its trigger."""
     author: str | None = None

@@ -1,6 +1,7 @@
 """What several processes hold of a training: the same weights each, or each a part of them (FSDP2's `DTensor`s).
 
-What is shared out is gathered for checkpoints and export, and shared out again; all else passes through.
+What is shared out is gathered for checkpoints and export, and shared out again; all else passes through. DeepSpeed,
+which shares out in a way of its own, is in `zero`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from finetune import engine, families
+from finetune import engine, families, zero
 from finetune.batches import Batch
 from finetune.errors import Failure, Fault
 from finetune.families import Family
@@ -26,12 +27,22 @@ Pass = tuple[int, Batch]
 """The number of a step's part, and pictures of it."""
 
 
-def prepare(model: nn.Module, optimizer: Any, accelerator: Accelerator) -> tuple[nn.Module, Any]:
-    """Accelerate's `prepare`. FSDP too keeps fp32 and computes under autocast: each engine trains the same numbers."""
+def prepare(model: nn.Module, optimizer: Any, accelerator: Accelerator, max_grad_norm: float) -> tuple[nn.Module, Any]:
+    """Accelerate's `prepare`. FSDP too keeps fp32 and computes under autocast: each engine trains the same numbers.
+
+    `max_grad_norm`: for engines that clip by themselves; 0 leaves gradients as they are.
+    """
+    if engine.running(accelerator) == "deepspeed":
+        return zero.prepare(model, optimizer, accelerator, max_grad_norm)
     if engine.running(accelerator) == "fsdp":
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
         model.forward = accelerator.autocast()(model.forward)
     return accelerator.prepare(model, optimizer)
+
+
+def adding_up(model: Any, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """Around a forward and backward pass whose gradients are not yet a step's all: nothing is sent, or nothing done."""
+    return zero.adding_up(model) if engine.running(accelerator) == "deepspeed" else accelerator.no_sync(model)
 
 
 def gathered(tree: Any, keep: bool) -> Any:
@@ -56,6 +67,8 @@ def like(value: Any, parameter: Tensor) -> Any:
 def optimizer_state(state: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
     """An optimizer's whole state, shared out as its parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not any(isinstance(parameter, DTensor) for parameter in parameters):
+        return dict(state)
     told = {
         number: {name: like(value, parameters[number]) for name, value in of_one.items()}
         for number, of_one in state["state"].items()

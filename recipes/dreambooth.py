@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import finetune as ft
-from finetune.settings import Captions, Data, Framing, Full, Loss, Model, Optim, Output, Prior, Samples, Train
+from finetune.settings import Captions, Data, Framing, Full, Loss, Measure, Model, Optim, Output, Prior, Samples, Train
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Config:
     train: Train = field(default_factory=lambda: Train(steps=800))
     loss: Loss = field(default_factory=Loss)
     samples: Samples = field(default_factory=Samples)
+    measure: Measure = field(default_factory=Measure)
 
 
 def main(config: Config) -> None:
@@ -38,6 +39,7 @@ def main(config: Config) -> None:
     ft.objective.check(config.loss)
     ft.loop.require_no_base(config.loss)
     ft.optim.check_full(config.full, config.optim, config.train, run.accelerator)
+    measured = ft.Measured(run, config, examples, held_out)
     run.hold()
 
     # The base, frozen. It draws the class pictures before it learns anything.
@@ -63,15 +65,16 @@ def main(config: Config) -> None:
 
     def save(name: str) -> str:
         ft.families.restore(family, source, run.dtype)
-        ft.export.merged(family, run.folder / name, dtype=run.dtype)
-        return str(run.folder / name)
+        folder = run.fresh(name)
+        ft.export.merged(family, folder, dtype=run.dtype)
+        return str(folder)
 
     prompts = config.samples.sample_prompts or ft.data.prompts(examples)
     training = ft.Training(
         family, groups, encodings, config.train, config.optim, config.loss, run.accelerator, config.full
     )
     run.resume(training, source)
-    for step in run.steps(training):
+    for step in run.steps(training, measured):
         if ft.due(step, config.train.save_every) and step < config.train.steps:
             with training.settled():
                 if run.leads:
@@ -84,4 +87,5 @@ def main(config: Config) -> None:
     # Written, loaded back and compared with the live model before it counts as done.
     if run.leads:
         model = save("model")
+        run.keep_best(training, "model", save)
         run.finish(f'finetune generate --model {model} --prompt "{prompts[0]}"')

@@ -15,6 +15,7 @@ from finetune.settings import (
     Data,
     Framing,
     Loss,
+    Measure,
     Model,
     Optim,
     Output,
@@ -39,6 +40,7 @@ class Config:
     train: Train = field(default_factory=Train)
     loss: Loss = field(default_factory=Loss)
     samples: Samples = field(default_factory=Samples)
+    measure: Measure = field(default_factory=Measure)
 
 
 def main(config: Config) -> None:
@@ -48,6 +50,7 @@ def main(config: Config) -> None:
     examples, held_out = ft.data.read(config.data, config.captions, run.seed)
     ft.priors.check(config.prior, config.data, examples)
     ft.objective.check(config.loss)
+    measured = ft.Measured(run, config, examples, held_out)
     run.hold()
 
     # The base, frozen. It draws the class pictures before anything is added to it.
@@ -69,21 +72,25 @@ def main(config: Config) -> None:
     encodings = ft.encode(family, subjects, companions, held, config.data, config.captions, run.track, run.turn)
     run.say(encodings.said())
 
+    def save(name: str) -> str:
+        file = run.fresh(name)
+        ft.export.adapter(family, file, settings=run.settings, examples=examples)
+        return str(file)
+
     prompts = config.samples.sample_prompts or ft.data.prompts(examples)
     training = ft.Training(family, groups, encodings, config.train, config.optim, config.loss, run.accelerator)
     run.resume(training, source)
-    for step in run.steps(training):
+    for step in run.steps(training, measured):
         if ft.due(step, config.train.save_every) and step < config.train.steps:
             with training.settled():
                 if run.leads:
-                    file = run.folder / f"adapter-{step:06d}.safetensors"
-                    ft.export.adapter(family, file, settings=run.settings, examples=examples)
+                    save(f"adapter-{step:06d}.safetensors")
         if ft.due(step, config.samples.sample_every):
             with training.settled():
                 ft.preview(run, family, source, config.samples, prompts, max(sides), step)
 
     # Written, loaded back and compared with the live model before it counts as done.
     if run.leads:
-        file = run.folder / "adapter.safetensors"
-        ft.export.adapter(family, file, settings=run.settings, examples=examples)
+        file = save("adapter.safetensors")
+        run.keep_best(training, "adapter.safetensors", save)
         run.finish(f'finetune generate --model {source.model} --adapter {file} --prompt "{prompts[0]}"')

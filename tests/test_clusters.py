@@ -1,19 +1,24 @@
-"""docs/clusters: the same command resumes. SLURM's script is run for real, on a queue of this machine's own."""
+"""docs/clusters: the same command resumes. SLURM's script is run for real, on a queue of this machine's own, and Ray's
+task where Ray is installed."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_slurm
 import numpy as np
 import pytest
+import ray_here
 import yaml
 from PIL import Image
 
@@ -32,9 +37,9 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def words(model: Path, pictures: Path, output: Path) -> list[str]:
+def words(model: Path, pictures: Path, output: Path, steps: int = 4) -> list[str]:
     given = ["lora", "--model", str(model), "--data", str(pictures), "--output", str(output), "--prompt", "sks"]
-    return [*given, "--no-prior", "--lr", "1e-2", "--steps", "4", "--tracker", "none"]
+    return [*given, "--no-prior", "--lr", "1e-2", "--steps", str(steps), "--tracker", "none"]
 
 
 def log(run: Path) -> list[tuple[int, float]]:
@@ -128,3 +133,43 @@ def test_the_spot_job_gives_a_command() -> None:
     made = understood(shlex.split(line))
     assert made.output.resume_or_begin and str(made.output.output).startswith("/runs/")
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+
+
+def test_the_ray_task_gives_a_command_and_knows_its_statuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Ray, which is told how often a task is begun again, and after what."""
+    told: dict[str, Any] = {}
+    plain = SimpleNamespace(remote=lambda **options: told.update(options) or (lambda task: task))
+    monkeypatch.setitem(sys.modules, "ray", plain)
+    job = runpy.run_path(str(FOLDER / "ray_job.py"))
+    statuses, given = iter([0, 1, 2, 75]), list[list[str]]()
+
+    def ended(words: list[str]) -> None:
+        given.append(words)
+        raise SystemExit(next(statuses))
+
+    monkeypatch.setattr(cli, "main", ended)
+    page = (FOLDER.parent / "clusters.md").read_text()
+    line = page[page.index("ray job submit") :].partition("\n```")[0].replace("\\\n", " ")
+    words = shlex.split(line)
+    words = words[words.index("docs/clusters/ray_job.py") + 1 :]
+    assert [job["train"](words) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(job["Moved"]):
+        job["train"](words)
+    made = understood(["finetune", *given[0]])
+    assert made.output.resume_or_begin and made.train.processes == 1 and made.output.output == Path("/runs/dog")
+    assert told == {"num_gpus": 1, "max_retries": 20, "retry_exceptions": [job["Moved"]]}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install ray")
+def test_rays_task_goes_on_after_its_worker_was_killed_and_after_it_was_stopped(
+    tiny_models: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    given = [*words(tiny_models["sd"], pictures, tmp_path / "run", 6), "--checkpoint-every", "1"]
+    disturbed = [sys.executable, ray_here.__file__, "SIGKILL,SIGTERM", *given]
+    done = subprocess.run(disturbed, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("SIGKILL in step") == 1 and done.stdout.count("goes on after step") == 2
+    cli.main(["train", *words(tiny_models["sd"], pictures, tmp_path / "whole", 6)])
+    one, other = ((tmp_path / run / "adapter.safetensors").read_bytes() for run in ("run", "whole"))
+    assert one == other and log(tmp_path / "run") == log(tmp_path / "whole")

@@ -18,6 +18,8 @@ class_images = 2
 class_steps = 2
 [train]
 steps = 2
+[measure]
+measure_steps = 1
 """
 
 
@@ -39,7 +41,7 @@ def test_the_demo_trains_draws_and_judges(
     cli.main(["demo", "--output", str(folder), "--subject", "pip", "--seed", "3"])
 
     said = " ".join(capsys.readouterr().out.split())
-    assert "finetune train lora --config" in said and "likeness" in said
+    assert "finetune train lora --config" in said and "likeness" in said and "Verdict on step-000002: " in said
     assert (folder / "run" / "adapter.safetensors").is_file()
     with Image.open(folder / "demo.png") as picture:
         assert picture.width > 5 * 64 and picture.height > 3 * 64

@@ -127,9 +127,10 @@ def ready(family: Family, config: Drawing) -> Family:
 
 def from_noise(config: Drawing) -> bool:
     """Whether one of the adapters was trained with --zero-terminal-snr."""
-    from finetune import export
+    from finetune import weights
+    from finetune.export import metadata
 
-    return any(export.settings_of(path).get("zero_terminal_snr") for path in config.adapter)
+    return any(metadata.own(weights.read_metadata(path)).get("zero_terminal_snr") for path in config.adapter)
 
 
 def set_scales(family: Family, scales: Sequence[float]) -> None:

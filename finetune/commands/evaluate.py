@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from finetune.errors import Fault
-
-if TYPE_CHECKING:
-    from finetune.evaluation.judges import Panel
 
 COUNT = 4
 
@@ -70,9 +67,10 @@ def main(config: Config) -> None:
     _require_sense(config)
 
     from finetune import engine
-    from finetune.evaluation import evaluate, verdict
+    from finetune.evaluation import evaluate, judges, verdict
     from finetune.evaluation.prompts import Asked
     from finetune.evaluation.tables import to_json, to_markdown
+    from finetune.report import page
 
     given = {name: value for name in ("steps", "guidance", "size") if (value := getattr(config, name)) is not None}
     how = replace(evaluate.as_sampled(config.run, config.seed, config.batch), **given)
@@ -80,12 +78,15 @@ def main(config: Config) -> None:
     count = config.count or COUNT
     brief = evaluate.brief(config.run, config.step, asked, config.protocol, how, count, config.references)
     device = engine.device()
-    table = evaluate.evaluate(brief, _panel(config, brief.source.model, device), device, track)
+    places = config.dino, config.clip, config.lpips
+    panel = judges.panel(config.judge, brief.plan.source.model, places, device)
+    table = evaluate.evaluate(brief, panel, device, track)
     said = verdict.judge(table, seed=config.seed)
     if config.json:
         print(to_json(table, verdict=vars(said)), end="")
     else:
         print(to_markdown(table), evaluate.sentence(said), sep="\n")
+    page.refresh(config.run)
 
 
 def track(items: Sequence[Any], what: str) -> Iterable[Any]:
@@ -93,14 +94,6 @@ def track(items: Sequence[Any], what: str) -> Iterable[Any]:
     from rich.progress import track as tracked
 
     return tracked(items, what, console=Console(stderr=True))
-
-
-def _panel(config: Config, model: str, device: str) -> Panel:
-    from finetune.evaluation import judges
-
-    if config.judge == "toybox" or (config.judge == "auto" and model == "toybox"):
-        return judges.toybox()
-    return judges.published(config.dino, config.clip, config.lpips, device)
 
 
 def _require_sense(config: Config) -> None:

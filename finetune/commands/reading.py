@@ -9,7 +9,20 @@ from typing import Annotated
 from tyro.conf import Positional, Suppress
 
 from finetune.errors import Fault
-from finetune.settings import Adapter, Captions, Data, Framing, Loss, Model, Optim, Output, Prior, Samples, Train
+from finetune.settings import (
+    Adapter,
+    Captions,
+    Data,
+    Framing,
+    Loss,
+    Measure,
+    Model,
+    Optim,
+    Output,
+    Prior,
+    Samples,
+    Train,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,7 @@ class Reading:
     optim: Annotated[Optim, Suppress] = field(default_factory=Optim)
     loss: Annotated[Loss, Suppress] = field(default_factory=Loss)
     samples: Annotated[Samples, Suppress] = field(default_factory=Samples)
+    measure: Annotated[Measure, Suppress] = field(default_factory=Measure)
 
     def chosen(self) -> Data:
         """The data that the positional FOLDER or the settings name. Raises Fault for both, and for none."""

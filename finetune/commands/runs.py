@@ -14,7 +14,8 @@ from finetune.errors import Fault
 
 @dataclass(frozen=True)
 class Config:
-    """List the runs in a folder and below it: their recipe, how far they are, and how to go on with those that can."""
+    """List the runs in a folder and below it: their recipe, how far they are, what measuring said, where they measured
+    themselves, and how to go on with those that can."""
 
     folder: Positional[Path] = Path()
     """Where to look."""
@@ -29,7 +30,7 @@ def main(config: Config) -> None:
         return
     rows = [
         (str(folder), entry.recipe, entry.state, f"{entry.step}/{entry.steps}",
-         time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.updated)))
+         time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.updated)), _judged(entry))
         for folder, entry in found
     ]  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -37,3 +38,8 @@ def main(config: Config) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if any(entry.state in ("stopped", "interrupted", "failed") for _, entry in found):
         print("\nGo on with one: finetune train --output FOLDER --resume")
+
+
+def _judged(entry: ledger.Entry) -> str:
+    """What measuring said of it."""
+    return f"{entry.verdict}, best: step {entry.best}" if entry.verdict else ""

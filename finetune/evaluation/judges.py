@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from finetune import weights
 from finetune.errors import Fault
 from finetune.evaluation.lpips import Features, distance
+from finetune.glance import EMBEDDED
 from finetune.quiet import quiet
 
 SIDE = 224
@@ -184,6 +185,16 @@ class Panel:
     """Sees all of a picture: for drift and for copies of training pictures"""
     differ: Differ
     differ_title: str
+
+
+def panel(kind: str, model: str, places: tuple[str, str, str], device: torch.device | str) -> Panel:
+    """Of a kind: toybox, published (DINO, CLIP and LPIPS at these places), or auto: toybox's for runs on toybox.
+
+    Raises Fault when one is not to be had.
+    """
+    if kind == "toybox" or (kind == "auto" and model == EMBEDDED):
+        return toybox()
+    return published(places[0], places[1], places[2], device)
 
 
 def toybox() -> Panel:

@@ -77,6 +77,15 @@ def diversity(distances: Tensor) -> float:
     return float((distances.sum() - distances.diagonal().sum()) / (count * (count - 1))) if count > 1 else float("nan")
 
 
+def apart(distances: Tensor) -> Tensor:
+    """(N,): how far each picture is from the others, on average; the mean of these is their diversity.
+
+    `distances` (N, N). NaN where there are less than two.
+    """
+    count = len(distances)
+    return (distances.sum(1) - distances.diagonal()) / (count - 1) if count > 1 else torch.full((count,), torch.nan)
+
+
 def drift(tuned: Tensor, base: Tensor) -> Tensor:
     """(N,): one minus the cosine of what both models draw of the same prompt and seed. 0: nothing has changed."""
     return 1 - (tuned * base).sum(1)

@@ -51,7 +51,7 @@ def figures(
     made = [
         *_likeness(panel, drawn, real, units, seed),
         _fidelity(panel, drawn, subjects, units, seed),
-        *([_class_drift(panel, drawn, real, seed)] if any(drawn.classes) else ()),
+        *(_classes(panel, drawn, real, seed) if any(drawn.classes) else ()),
         _diversity(panel, drawn, subjects, seed),
         *([_drift(panel, drawn, base, seed)] if base is not None else ()),
         _copies(panel, drawn, real, units, seed),
@@ -74,13 +74,17 @@ def _fidelity(panel: Panel, drawn: Drawn, subjects: Sequence[Subject], units: Se
     return _figure("fidelity", panel.words_title, values, units, panel.words.name, scale, seed)
 
 
-def _class_drift(panel: Panel, drawn: Drawn, real: Real, seed: int) -> Figure:
-    """As the judge of likeness sees it; each picture is a unit, as there is one prompt."""
+def _classes(panel: Panel, drawn: Drawn, real: Real, seed: int) -> Iterator[Figure]:
+    """How like the subject the bare class is, and how varied; each picture is a unit, as there is one prompt."""
     scale = f"{COSINE} of pictures of the bare class with the subject's; lower is better"
     title, judge = next(iter(panel.likeness.items()))
     values = _like(judge, drawn.classes, real)
     title = "PRES" if title == "DINO" else "class drift"
-    return _figure("class drift", title, values, range(len(values)), judge.name, scale, seed)
+    yield _figure("class drift", title, values, range(len(values)), judge.name, scale, seed)
+    scale = "mean distance of two pictures of the bare class; higher is more varied"
+    values = [value for own in drawn.classes if own for value in measures.apart(panel.differ.distances(own)).tolist()]
+    title = f"class {panel.differ_title}"
+    yield _figure("class diversity", title, values, range(len(values)), panel.differ.name, scale, seed)
 
 
 def _diversity(panel: Panel, drawn: Drawn, subjects: Sequence[Subject], seed: int) -> Figure:

@@ -18,7 +18,8 @@ class Figure:
     """One measure of one state."""
 
     measure: str
-    """likeness, likeness 2, fidelity, class drift, diversity, drift, copies: what it is, whoever measured it"""
+    """likeness, likeness 2, fidelity, class drift, class diversity, diversity, drift, copies: what it is, whoever
+    measured it"""
     title: str
     """What papers call it: DINO, CLIP-I, CLIP-T, PRES, DIV"""
     value: float
@@ -80,7 +81,7 @@ class Table:
 
 def to_json(table: Table, **more: Any) -> str:
     """All of it. A number that is none (NaN) is null."""
-    return json.dumps(_numbers({**asdict(table), **more}), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(plain({**asdict(table), **more}), indent=1, ensure_ascii=False) + "\n"
 
 
 def from_json(text: str) -> Table:
@@ -161,9 +162,10 @@ def _figure(told: Mapping[str, Any]) -> Figure:
     return Figure(**{**told, **numbers, "values": values})
 
 
-def _numbers(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """As JSON holds it, NaN being null."""
     if isinstance(value, dict):
-        return {name: _numbers(one) for name, one in value.items()}
+        return {name: plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_numbers(one) for one in value]
+        return [plain(one) for one in value]
     return None if isinstance(value, float) and value != value else value

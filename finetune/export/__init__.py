@@ -2,7 +2,7 @@
 
 from finetune.export.adapter_file import adapter, convert, verify_adapter
 from finetune.export.merged_folder import merged, verify_merged
-from finetune.export.reading import attach, settings_of
+from finetune.export.reading import attach
 from finetune.export.single_file import single_file, verify_single_file
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "attach",
     "convert",
     "merged",
-    "settings_of",
     "single_file",
     "verify_adapter",
     "verify_merged",

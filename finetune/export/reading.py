@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -71,15 +70,6 @@ def _attach_parted(family: Family, path: Path, adapter: str) -> None:
         file = Path(folder) / path.name
         formats.write(file, formats.read(path), "diffusers", {}, None, type(family))
         attach(family, file, adapter)
-
-
-def settings_of(path: Path) -> dict[str, Any]:
-    """The settings that an adapter of ours was trained with, as its header tells them; empty for others' files."""
-    try:
-        told = json.loads(weights.read_metadata(path).get("finetune", "{}"))
-    except ValueError:
-        return {}
-    return told if isinstance(told, dict) else {}
 
 
 def detach(family: Family, adapter: str) -> None:

@@ -182,9 +182,12 @@ def _checkpoint(run: Path, step: str) -> Path:
     if newest is None:
         raise Fault(f"{run}: nothing to export yet: the run has no whole checkpoint. Go on with it: --resume.")
     steps = checkpoints.steps(run)
-    best = best_step(newest.state["training"]["validations"], steps)
+    best = best_step(run, newest.state["training"]["validations"], steps)
     if step == "best" and best is None:
-        raise Fault(f"{run}: --step best: no loss on held-out pictures was measured (--validation 0.2 in training).")
+        raise Fault(
+            f"{run}: --step best: nothing was measured to choose by: neither what was learned (--measure in training) "
+            "nor a loss on held-out pictures (--validation 0.2)."
+        )
     asked = {"last": newest.step, "best": best}.get(step, int(step) if step.isdecimal() else None)
     if asked is None or asked not in steps:
         raise Fault(f"{run}: --step {step}: there are checkpoints of {', '.join(map(str, steps))}, best and last.")
@@ -194,24 +197,34 @@ def _checkpoint(run: Path, step: str) -> Path:
     return found
 
 
-def _load_state(trained: Trained, path: Path, source: Source | None) -> Loaded:
-    """The state of a checkpoint, put back onto the base as the recipe had it."""
-    state = checkpoints.load(path).state
-    settings, training = state["settings"], state["training"]
-    family = families.load(source or Source(**settings["model"]))
-    how = Optim(**settings["optim"])
-    rates = how.lr, how.text_encoder_lr
-    if trained.adapts:
-        groups = adapters.lora(family, AdapterSettings(**settings["adapter"]), *rates, seed=0)
-    else:
-        groups = adapters.full(family, *rates)
-    parameters = named(family, groups)
+def become(family: Family, path: Path, state: Mapping[str, Any] | None = None) -> None:
+    """A model that was prepared to train takes, for good, the weights to use of a checkpoint (its average's, if any).
+
+    `state`: what the checkpoint holds, where it is in memory. Raises Fault when it is of other weights.
+    """
+    state = state or checkpoints.load(path).state
+    training, how = state["training"], Optim(**state["settings"]["optim"])
+    groups = adapters.groups(family, how.lr, how.text_encoder_lr)
     average = training["average"]["average"] if training["average"] else None
-    _put_back(path, parameters, average or training["parameters"])
+    _put_back(path, named(family, groups), average or training["parameters"])
     if how.optimizer == "schedulefree":  # it trains at other points than those to use, and knows them
         optimizer = optim.optimizer(groups, how, torch.device("cpu"))
         optimizer.load_state_dict(training["optimizer"])
         optim.settle(optimizer)
+
+
+def _load_state(trained: Trained, path: Path, source: Source | None) -> Loaded:
+    """The state of a checkpoint, put back onto the base as the recipe had it."""
+    state = checkpoints.load(path).state
+    settings = state["settings"]
+    family = families.load(source or Source(**settings["model"]))
+    how = Optim(**settings["optim"])
+    rates = how.lr, how.text_encoder_lr
+    if trained.adapts:
+        adapters.lora(family, AdapterSettings(**settings["adapter"]), *rates, seed=0)
+    else:
+        adapters.full(family, *rates)
+    become(family, path, state)
     adapter = carried(family, NAME) if trained.adapts else None
     return Loaded(
         adapter, family, trained.adapts, metadata.of_run(family, settings, "lora" if trained.adapts else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shutil
@@ -87,6 +88,8 @@ def test_every_figure_is_that_of_the_kept_pictures(
     classes = dino.see(opened(drawn, "class-")).numpy() @ dino.see(real).numpy().T
     assert value("class drift") == pytest.approx(classes.mean(), abs=1e-5)
     assert result["figures"]["class drift"]["title"] == "PRES"
+    bare = panel.differ.distances(opened(drawn, "class-")).numpy()
+    assert value("class diversity") == pytest.approx(bare[np.triu_indices(len(bare), 1)].mean(), rel=1e-4)
     apart = [float(panel.differ.distances(samples[at : at + 2])[0, 1]) for at in (0, 2)]
     assert value("diversity") == pytest.approx(np.mean(apart), rel=1e-4)
     one, other = (dino.see(opened(place, "unrelated-")).numpy() for place in (drawn, base))
@@ -99,9 +102,10 @@ def test_every_figure_is_that_of_the_kept_pictures(
     assert read_settings(drawn / "subject-01-seed0.png")["prompt"] == "a sks dog on a sofa"
     assert read_settings(base / "subject-01-seed0.png")["prompt"] == "a dog on a sofa"
     told = capsys.readouterr().out
-    assert "| state | DINO | CLIP-I | CLIP-T | PRES | DIV | copies | drift |" in told
+    assert "| state | DINO | CLIP-I | CLIP-T | PRES | class DIV | DIV | copies | drift |" in told
     assert f"Verdict on result: {table['verdict']['word']}: " in told
     assert "DINO" in (folder / "table.csv").read_text() and "Verdict" in (folder / "table.md").read_text()
+    assert html.escape(table["verdict"]["reason"]) in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same_figures(
@@ -130,7 +134,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_figures(
     monkeypatch.setattr(drawing, "sample", counting)
     again = evaluate(run, places, "--batch", "4", "--step", "result")
     assert again == whole
-    assert len(drawn) == 2 * (4 + 4 + 8), "nothing is drawn twice"
+    assert len(drawn) == 2 * (4 + 8 + 8), "nothing is drawn twice"
     assert evaluate(run, places, "--batch", "4", "--step", "result") == whole and len(drawn) == 32
 
 
@@ -225,7 +229,7 @@ def test_all_weights_and_several_concepts(
 
 def test_toybox_is_judged_by_its_own_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = Path(__file__).parents[2] / "datasets" / "gizmo" / "pictures"
-    words = ["--data", str(pictures), "--class-prompt", "a photo of a toy", "--rank", "4"]
+    words = ["--data", str(pictures), "--class-prompt", "a photo of a toy", "--rank", "4", "--measure", "off"]
     run = train("lora", "toybox", tmp_path / "run", *words)
     cli.main(["evaluate", str(run), "--steps", "2", "--count", "1", "--step", "result", "--json"])
     printed = capsys.readouterr().out

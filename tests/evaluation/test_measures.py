@@ -50,6 +50,8 @@ def test_diversity_is_the_mean_distance_of_two_pictures() -> None:
     distances = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 6.0], [2.0, 6.0, 0.0]])
     assert measures.diversity(distances) == pytest.approx((1 + 2 + 6) / 3)
     assert distances[0, 1] == 1 and math.isnan(measures.diversity(distances[:1, :1]))
+    assert measures.apart(distances).tolist() == [1.5, 3.5, 4.0], "whose mean it is"
+    assert math.isnan(measures.apart(distances[:1, :1]))
 
 
 def test_drift_is_nothing_for_the_same_pictures() -> None:

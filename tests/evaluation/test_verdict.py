@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -90,6 +91,25 @@ def test_over_trained_where_the_class_has_become_the_subject() -> None:
     said = verdict.judge(table(state(100, 0.8, drift=0.7)))
     assert said.word == "over-trained" and "bare class" in said.reason
     assert verdict.judge(table(state(100, 0.8, drift=0.45))).word == "good"
+
+
+def varied(one: State, variety: float, spread: float = 0.02, pictures: int = verdict.ENOUGH) -> State:
+    told = replace(figure("class diversity", variety, spread), units=pictures)
+    return State(one.name, one.step, {**one.figures, "class diversity": told})
+
+
+def test_over_trained_where_the_class_has_lost_its_variety() -> None:
+    """It need not have become like the subject: all toys may be green, and no toy be pip."""
+
+    def judged(variety: float, spread: float = 0.02, pictures: int = verdict.ENOUGH) -> verdict.Verdict:
+        states = [varied(state(0, 0.0), 0.6), varied(state(100, 0.8), variety, spread, pictures)]
+        return verdict.judge(Table("run", "short", states, {verdict.REAL: 1.0}))
+
+    said = judged(0.3)
+    assert said.word == "over-trained" and "differ 50% (49% to 51%) as much as the base's" in said.reason
+    assert judged(0.5).word == "good"
+    assert judged(0.45, spread=0.4).word == "good"  # 75 %, but with an interval that reaches 80 %
+    assert judged(0.3, pictures=2).word == "good", "one distance has no interval"
 
 
 def test_over_trained_where_samples_are_copies() -> None:

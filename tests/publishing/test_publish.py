@@ -370,10 +370,14 @@ def test_private_prompts_are_refused_before_a_picture_is_drawn(
     assert "the user's name" in refused([*ask, "--title", f"{USER} house"])
 
 
-def test_a_name_may_be_told_on_purpose(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_may_be_told_on_purpose(
+    words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
     monkeypatch.setenv("USER", "mary")  # is the repository's owner, too
     plant_text("made by mary after Familienfest-4.png")(folder)
+    assert "README.md: a name from the training data" in refused(words)
     main([*words, "--may-tell", "Familienfest-4.png", "Familienfest-4"])
+    assert "made by mary after Familienfest-4.png" in (folder / "README.md").read_text()
 
 
 def test_what_makes_no_sense(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

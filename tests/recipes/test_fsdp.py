@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +40,25 @@ def words(recipe: str, model: Path, pictures: Path, output: Path, *flags: str) -
 
 
 def shared_out(given: list[str], stop: int = 0) -> str:
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT, str(stop)]
-    asserted = ["--processes", "2", "--engine", "fsdp"]
-    done = subprocess.run(
-        [sys.executable, *launch, *given, *asserted], env=dict(os.environ), capture_output=True, text=True, timeout=300
-    )
-    assert (done.returncode == 0) == (stop == 0), done.stderr[-3000:]
+    """What two processes say. Torch crashed in one of them once in some hundred runs, as nothing else has with gloo:
+    then the run goes on by `--resume`, as any killed one, and the trace is shown among the warnings.
+    """
+    done = _launched(given, stop)
+    if done.returncode and "(SIGSEGV)" in done.stderr:
+        warnings.warn(f"two processes of FSDP on gloo: {done.stderr}", stacklevel=2)
+        done = _launched(["train", "--output", given[given.index("--output") + 1], "--resume"], stop)
+    assert (done.returncode == 0) == (stop == 0), f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert not stop or f"after step {stop} of" in done.stderr, done.stderr[-3000:]
     return " ".join(done.stdout.split())
+
+
+def _launched(given: list[str], stop: int) -> subprocess.CompletedProcess[str]:
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT, str(stop)]
+    asserted = ["--processes", "2", "--engine", "fsdp", "--accumulation", "1"]
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    return subprocess.run(
+        [sys.executable, *launch, *given, *asserted], env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def losses(run: Path) -> list[float]:
@@ -77,7 +89,7 @@ def test_two_processes_share_out_what_one_began_and_end_as_it_does(
     flags = ["--steps", "3", "--save-every", "2", "--sample-every", "2", "--sample-steps", "1"]
     cli.main([*words("dreambooth", tiny_models["sd"], pictures, whole, *flags), "--accumulation", "2"])
     stopped_alone(words("dreambooth", tiny_models["sd"], pictures, moved, *flags), 1, monkeypatch)
-    said = shared_out(["train", "--output", str(moved), "--resume", "--accumulation", "1"])
+    said = shared_out(["train", "--output", str(moved), "--resume"])
     assert "adamw, fp32, cpu:0, 2 process(es), fsdp" in said and "goes on after step 1" in said
     require_alike(whole, moved, UNET, UNET.replace("model/", "model-000002/"))
     configs = [(run / "model" / "unet" / "config.json").read_text() for run in (whole, moved)]
@@ -95,7 +107,7 @@ def test_two_one_and_two_processes_go_on_with_each_others_checkpoints(
     cli.main([*words("dreambooth", tiny_models["sd"], pictures, whole, *flags), "--accumulation", "2"])
     shared_out(words("dreambooth", tiny_models["sd"], pictures, moved, *flags), stop=1)
     stopped_alone(["train", "--output", str(moved), "--resume"], 2, monkeypatch)
-    shared_out(["train", "--output", str(moved), "--resume", "--accumulation", "1"])
+    shared_out(["train", "--output", str(moved), "--resume"])
     require_alike(whole, moved, UNET, "model/text_encoder/model.safetensors")
 
 

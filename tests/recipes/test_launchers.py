@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from finetune import cli, engine
+from finetune import cli
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -93,7 +93,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *flags: str) -> 
     return " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "deepspeed"])
 def test_another_engine_than_asked_for_is_refused(
     engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,11 +115,3 @@ def test_accumulation_by_the_launcher_is_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert "say --accumulation instead" in refused(capsys, tmp_path)
-
-
-def test_deepspeed_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where it would be active; where it would be left out, that is said."""
-    monkeypatch.setattr(engine, "running", lambda accelerator: "deepspeed")
-    assert "Take FSDP2" in refused(capsys, tmp_path)

@@ -255,7 +255,14 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(finetune, "load", None)
-    words = ["--model", "toybox", "--data", str(Path(__file__).parents[2] / "datasets" / "gizmo" / "pictures")]
+    words = [
+        "--model",
+        "toybox",
+        "--measure",
+        "off",
+        "--data",
+        str(Path(__file__).parents[2] / "datasets" / "gizmo" / "pictures"),
+    ]
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", recipe, *words, "--output", str(tmp_path / "run"), "--prompt", "sks", "--no-prior", *flags])
     assert stop.value.code == 2

@@ -22,7 +22,7 @@ def loss(name: str, rate: float, output: Path) -> float:
     """The mean of the last 20 of 100 steps. All draws follow from the seed: every optimizer is asked the same."""
     given = ["--data", shelf.datasets() / "gizmo" / "pictures", "--output", output, "--no-prior", "--tracker", "none"]
     rest = ["--batch-size", 4, "--steps", 100, "--checkpoint-every", 0, "--optimizer", name, "--lr", rate]
-    cli.main(["train", "lora", "--model", "toybox", *map(str, [*given, *rest])])
+    cli.main(["train", "lora", "--model", "toybox", "--measure", "off", *map(str, [*given, *rest])])
     lines = (output / "log.jsonl").read_text().splitlines()[-20:]
     return sum(json.loads(line)["loss"] for line in lines) / len(lines)
 
