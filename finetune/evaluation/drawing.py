@@ -14,7 +14,7 @@ from PIL.Image import Image
 from finetune import disk, signals
 from finetune.families import Family
 from finetune.pictures import save_png
-from finetune.sampling import sample
+from finetune.sampling import everything, sample
 
 RECORD = "drawn.json"
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -86,7 +86,11 @@ def opened(file: Path) -> Image:
 
 def _draw(family: Family, folder: Path, batch: Sequence[Wanted], how: How, facts: Mapping[str, Any]) -> None:
     prompts, seeds = [one.prompt for one in batch], [one.seed for one in batch]
-    drawn = sample(family, prompts, seeds, steps=how.steps, guidance=how.guidance, size=how.size, batch=how.batch)
+    initial = everything(family, how.size or family.resolution())
+    drawn = sample(
+        family, prompts, seeds,
+        steps=how.steps, guidance=how.guidance, size=how.size, batch=how.batch, initial=initial,
+    )  # fmt: skip
     told = {"steps": how.steps, "guidance": how.guidance, "scheduler": type(family.pipeline.scheduler).__name__}
     for one, picture in zip(batch, drawn, strict=True):
         save_png(picture, folder / one.file, {**facts, **told, "prompt": one.prompt, "seed": one.seed})
