@@ -13,6 +13,7 @@ from tyro.conf import Suppress, arg
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "cosine", "linear", "polynomial"]
+Method = Literal["lora", "dora"]
 Optimizer = Literal[
     "auto", "adamw", "adamw8bit", "pagedadamw8bit", "lion8bit", "adafactor", "prodigy", "schedulefree", "came"
 ]
@@ -172,14 +173,35 @@ class Prior:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The LoRA adapter (Hu et al. 2021, 2106.09685): W x + alpha / rank * B A x."""
+    """What is put beside the base's weights to be trained."""
 
+    method: Method = "lora"
+    """How a change is written down. `lora`: W + alpha / rank * B A, two thin matrices (Hu et al. 2021, 2106.09685).
+    `dora`: the same, each row's length trained beside it (Liu et al. 2024, 2402.09353). docs/methods.md compares
+    them."""
     rank: int = 16
     """Rank of the two thin matrices: more follows finer detail, and forgets the base sooner."""
     alpha: float | None = None
-    """The adapter is scaled by alpha / rank. Default: the rank, that is a scale of 1."""
+    """The adapter is scaled by alpha / rank, in layers of another rank too. Default: the rank, that is a scale of 1."""
+    rank_pattern: tuple[str, ...] = ()
+    """Other ranks for some layers: `attn2=32 down_blocks.0=4`, each for the layers with such a part in their path. Of
+    several that fit, the last one counts."""
+    alpha_pattern: tuple[str, ...] = ()
+    """Other alphas for some layers, in the same way."""
+    conv_rank: int | None = None
+    """Adapt the convolutions of the denoiser's blocks too, at this rank (LoCon, Yeh et al. 2023, 2309.14859): for
+    styles and textures. Default: attention alone."""
+    rslora: bool = False
+    """Rank-stabilised: scaled by alpha / sqrt(rank), so that high ranks learn no slower (Kalajdzievski 2023,
+    2312.03732)."""
     dropout: float = 0.0
     """Share of the adapter's inputs that are dropped while training."""
+    init: Literal["default", "pissa", "olora"] = "default"
+    """What it begins with. `default`: a change of zero. `pissa`: the largest singular values of the weight (Meng et al.
+    2024, 2404.02948), `olora`: its QR factors (Buyukakyuz 2024, 2406.01775), both taken off again, so that the base
+    stays as it is; they learn faster at first, and the file is twice as large."""
+    lora_plus_ratio: float = 1.0
+    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, 2402.12354); 16 is usual, at a lower --lr."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ def adapted(
 ) -> Family:
     """A LoRA on the denoiser (and the text encoders), each weight drawn from a key of its own."""
     family = families.load(Source(str(folder)), dtype)
-    adapters.lora(family, Adapter(rank=rank, alpha=alpha), 1e-4, 1e-4 if text else None, seed=0)
+    adapters.adapt(family, Adapter(rank=rank, alpha=alpha), 1e-4, 1e-4 if text else None, seed=0)
     randomise(family)
     return family
 

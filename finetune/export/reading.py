@@ -25,7 +25,9 @@ from finetune.quiet import quiet
 
 LISTED = 10
 """Names in a message before the rest is counted."""
-KINDS = {"lora_A.weight": 1, "lora_B.weight": 0, "lora_B.bias": 0, "lora_magnitude_vector": 0}
+LENGTHS = "lora_magnitude_vector"
+"""DoRA's, in the PEFT layout; in files with `.weight` or without."""
+KINDS = {"lora_A.weight": 1, "lora_B.weight": 0, "lora_B.bias": 0, LENGTHS: 0}
 """A layer's tensors in the PEFT layout, and the axis of the layer's own weight (out, in, ...) that each must fit."""
 NAME = re.compile(rf"(?P<layer>.+)\.(?P<kind>{'|'.join(KINDS)})")
 DIFFUSERS_FAULTS = (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError)
@@ -132,7 +134,7 @@ def _translated(family: Family, path: Path, tensors: Mapping[str, Tensor]) -> di
             f"{path}: diffusers would read {read} of its {len(weighty)} tensors and ignore the rest. Its tensors:",
             listed(tensors),
         )
-    return {**translated, **state}
+    return {name.replace(f"{LENGTHS}.weight", LENGTHS): tensor for name, tensor in {**translated, **state}.items()}
 
 
 def _explain(path: Path) -> None:
@@ -179,7 +181,7 @@ def _require_fitting(family: Family, path: Path, promised: Mapping[str, Tensor])
         weight = _weight(family, match["layer"]) if match else None
         if match is None or weight is None:
             wrong.append(f"{name}: this model has no such layer")
-        elif tensor.shape[min(KINDS[match["kind"]], tensor.ndim - 1)] != weight.shape[KINDS[match["kind"]]]:
+        elif _side(tensor, match["kind"]) != weight.shape[KINDS[match["kind"]]]:
             wrong.append(f"{name}: {tuple(tensor.shape)} does not fit the layer's weight {tuple(weight.shape)}")
         else:
             pair = {f"{match['layer']}.lora_A.weight", f"{match['layer']}.lora_B.weight"}
@@ -192,6 +194,11 @@ def _require_fitting(family: Family, path: Path, promised: Mapping[str, Tensor])
         )
     if lacking:
         raise Fault(f"{path}: tensors are missing, the adapter is not whole:", listed(set(lacking)))
+
+
+def _side(tensor: Tensor, kind: str) -> int:
+    """What must fit the axis of the layer's weight. (Of DoRA's lengths there is one a row, in any shape.)"""
+    return tensor.numel() if tensor.ndim < 2 or kind == LENGTHS else tensor.shape[KINDS[kind]]
 
 
 def _weight(family: Family, name: str) -> Tensor | None:

@@ -201,12 +201,13 @@ def _load_state(trained: Trained, path: Path, source: Source | None) -> Loaded:
     how = Optim(**settings["optim"])
     rates = how.lr, how.text_encoder_lr
     if trained.adapts:
-        groups = adapters.lora(family, AdapterSettings(**settings["adapter"]), *rates, seed=0)
+        groups = adapters.adapt(family, AdapterSettings(**settings["adapter"]), *rates, seed=0)
     else:
         groups = adapters.full(family, *rates)
     parameters = named(family, groups)
     average = training["average"]["average"] if training["average"] else None
     _put_back(path, parameters, average or training["parameters"])
+    _put_back(path, adapters.beside(family), training.get("beside", {}))
     if how.optimizer == "schedulefree":  # it trains at other points than those to use, and knows them
         optimizer = optim.optimizer(groups, how, torch.device("cpu"))
         optimizer.load_state_dict(training["optimizer"])
