@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 from torch import Tensor, nn
 
 from finetune.errors import Fault
@@ -52,6 +52,8 @@ def check(adapter: Adapter) -> None:
         raise Fault(f"--lora-plus-ratio {adapter.lora_plus_ratio:g}: more than 0; 1 is plain LoRA, 16 is usual.")
     if wrong := [one for one, rank in ranks(adapter) if rank != int(rank) or rank < 1]:
         raise Fault(f"--rank-pattern {wrong[0]}: a rank is a whole number, at least 1.")
+    if adapter.factor == 0 or adapter.factor < -1:
+        raise Fault(f"--factor {adapter.factor}: -1, or a number of parts, from 2; 4 to 16 is usual.")
     alphas(adapter)
     for field in fields(Adapter):
         set_here = getattr(adapter, field.name) != field.default
@@ -141,10 +143,28 @@ def _lora(adapter: Adapter, places: Places, dora: bool = False) -> PeftConfig:
     return LoraConfig(lora_dropout=adapter.dropout, use_rslora=adapter.rslora, use_dora=dora, **thin)
 
 
+def _loha(adapter: Adapter, places: Places) -> PeftConfig:
+    return LoHaConfig(rank_dropout=adapter.dropout, **_low_rank(adapter, places, "alpha"))
+
+
+def _lokr(adapter: Adapter, places: Places) -> PeftConfig:
+    thin = _low_rank(adapter, places, "alpha")
+    return LoKrConfig(rank_dropout=adapter.dropout, decompose_factor=adapter.factor, **thin)
+
+
+def _ia3(adapter: Adapter, places: Places) -> PeftConfig:
+    """Rows, or the columns where there is a bias, which would be multiplied too: no file has a place for that."""
+    biased = [path for path, place in places.items() if getattr(place.module, "bias", None) is not None]
+    return IA3Config(target_modules=list(places), feedforward_modules=biased)
+
+
 RANKS = frozenset({"rank_pattern", "alpha_pattern", "conv_rank", "dropout"})
 METHODS = {
     "lora": Method("LoRA", _lora, RANKS | {"rslora", "init", "lora_plus_ratio"}),
     "dora": Method("DoRA", partial(_lora, dora=True), RANKS | {"rslora", "lora_plus_ratio"}),
+    "loha": Method("LoHa", _loha, RANKS),
+    "lokr": Method("LoKr", _lokr, RANKS | {"factor"}),
+    "ia3": Method("(IA)3", _ia3, frozenset()),
 }
 """Adding one: its line here and in `settings.Method`; how its layers are read in `finetune.export.carried`; if no other
 writes changes down so, a formula in `finetune.export.change`."""

@@ -13,7 +13,7 @@ from tyro.conf import Suppress, arg
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "cosine", "linear", "polynomial"]
-Method = Literal["lora", "dora"]
+Method = Literal["lora", "dora", "loha", "lokr", "ia3"]
 Optimizer = Literal[
     "auto", "adamw", "adamw8bit", "pagedadamw8bit", "lion8bit", "adafactor", "prodigy", "schedulefree", "came"
 ]
@@ -177,10 +177,12 @@ class Adapter:
 
     method: Method = "lora"
     """How a change is written down. `lora`: W + alpha / rank * B A, two thin matrices (Hu et al. 2021, 2106.09685).
-    `dora`: the same, each row's length trained beside it (Liu et al. 2024, 2402.09353). docs/methods.md compares
-    them."""
+    `dora`: the same, each row's length trained beside it (Liu et al. 2024, 2402.09353). `loha`: the product, entry by
+    entry, of two such products (Hyeon-Woo et al. 2021, 2108.06098). `lokr`: a Kronecker product (Yeh et al. 2023,
+    2309.14859), the smallest that still changes whole matrices. `ia3`: a factor for each row or column (Liu et al.
+    2022, 2205.05638), the smallest files. docs/methods.md says when to take which."""
     rank: int = 16
-    """Rank of the two thin matrices: more follows finer detail, and forgets the base sooner."""
+    """Rank of the thin matrices: more follows finer detail, and forgets the base sooner. (IA)3 has none."""
     alpha: float | None = None
     """The adapter is scaled by alpha / rank, in layers of another rank too. Default: the rank, that is a scale of 1."""
     rank_pattern: tuple[str, ...] = ()
@@ -195,7 +197,10 @@ class Adapter:
     """Rank-stabilised: scaled by alpha / sqrt(rank), so that high ranks learn no slower (Kalajdzievski 2023,
     2312.03732)."""
     dropout: float = 0.0
-    """Share of the adapter's inputs that are dropped while training."""
+    """Share of the adapter's inputs (LoHa, LoKr: of the change's rows) that are dropped while training."""
+    factor: int = -1
+    """Of LoKr: into how many parts the sides of a weight are divided for the first factor; 4 to 16 is usual, fewer is a
+    larger file. -1: such that both factors are as alike as can be, the smallest file."""
     init: Literal["default", "pissa", "olora"] = "default"
     """What it begins with. `default`: a change of zero. `pissa`: the largest singular values of the weight (Meng et al.
     2024, 2404.02948), `olora`: its QR factors (Buyukakyuz 2024, 2406.01775), both taken off again, so that the base

@@ -27,7 +27,11 @@ class Kind:
     rank: Callable[[Shapes], int | None]
     """What alpha is divided by; None where a scale of 1 stands whatever alpha says."""
     change: Callable[[Tensors], Tensor]
-    """The change without its scale."""
+    """The change without its scale; of kinds that act on the weight, what acts on it."""
+    act: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Of what acts, and a weight (out, in): the change. None for kinds that need no weight."""
+    sides: Callable[[Shapes], tuple[int | None, int | None]] | None = None
+    """Of kinds that act on the weight: what their tensors tell of its shape."""
 
 
 def halves(t: Tensors) -> tuple[Tensor, Tensor]:
@@ -60,6 +64,12 @@ def lokr(t: Tensors) -> Tensor:
 def difference(t: Tensors) -> Tensor:
     """The change itself."""
     return t["diff"].float().flatten(1)
+
+
+def factors(t: Tensors) -> Tensor:
+    """l - 1, (1, in) or (out, 1), where a weight becomes l W (Liu et al. 2022, 2205.05638, section 3.3)."""
+    row = t["weight"].float().flatten()[None]
+    return row if t["on_input"].item() else row.T
 
 
 def weighed(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
@@ -112,6 +122,9 @@ KINDS = {
         ),
         _kronecker_rank,
         lokr,
+    ),
+    "ia3": Kind(
+        "(IA)3", _sets("weight on_input"), lambda shapes: None, factors, torch.mul, lambda shapes: (None, None)
     ),
     "diff": Kind("whole difference", _sets("diff"), lambda shapes: None, difference),
 }

@@ -74,7 +74,9 @@ def made_for(content: Content) -> list[str]:
     """The clients that files with such names and kinds are for."""
     if any(module.spelling in PEFT for module in content):
         return ["diffusers"]
-    others = ("diffusers", "sd-scripts") if _native(content) else ()
+    others = {"diffusers", "sd-scripts"} if _native(content) else set()
+    if any(module.kind == "ia3" for module in content):
+        others |= {"ComfyUI", "Forge"}
     return [name for name in CLIENTS if name not in others]
 
 
@@ -235,6 +237,7 @@ def _hidden(content: Content) -> list[Module]:
     return list(content.modules) if content.metadata and not right else []
 
 
+FACTORS = Rule("ignores", "it does not know (IA)3", lambda content: [m for m in content if m.kind == "ia3"])
 ABSENT = Rule("ignores", "no such layer in the model", _unknown)
 BROKEN = Rule("refuses", "a layer's tensors are not whole, or it does not know one of them", _not_whole)
 FLAT = Rule("ignores", "text encoder without `text_model` in its names", _flat)
@@ -280,7 +283,7 @@ CLIENTS: dict[str, tuple[Rule, ...]] = {
         FLAT,
         ABSENT,
     ),
-    "ComfyUI": (BROKEN, *HALF_LOADED, UNPATCHED, FLAT, ABSENT),
+    "ComfyUI": (BROKEN, *HALF_LOADED, UNPATCHED, FACTORS, FLAT, ABSENT),
     "A1111": (
         Rule("ignores", "it knows kohya's names only", _all_of(*PEFT)),
         BROKEN,
@@ -293,7 +296,7 @@ CLIENTS: dict[str, tuple[Rule, ...]] = {
         ABSENT,
         Rule("hides", "the header does not tell this base: ss_base_model_version", _hidden),
     ),
-    "Forge": (BROKEN, *HALF_LOADED, UNPATCHED, FLAT, ABSENT),
+    "Forge": (BROKEN, *HALF_LOADED, UNPATCHED, FACTORS, FLAT, ABSENT),
     "InvokeAI": (
         Rule("refuses", "it knows kohya's names only", _all_of(*PEFT)),
         Rule("refuses", "a text encoder without its number", _unnumbered),

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers.utils.state_dict_utils import (
     convert_state_dict_to_diffusers,
@@ -15,6 +15,7 @@ from diffusers.utils.state_dict_utils import (
 )
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from finetune import families, weights
@@ -22,6 +23,9 @@ from finetune.errors import Fault
 from finetune.export import naming
 from finetune.families import Family
 from finetune.quiet import quiet
+
+if TYPE_CHECKING:
+    from finetune.export.content import Adapter
 
 LISTED = 10
 """Names in a message before the rest is counted."""
@@ -35,14 +39,20 @@ DIFFUSERS_FAULTS = (ValueError, KeyError, IndexError, TypeError, AttributeError,
 
 
 def attach(family: Family, path: Path, adapter: str) -> None:
-    """Put the adapter of a file on the pipeline, under the given name and active alone.
+    """Put the adapter of a file on the pipeline, under the given name and active alone: through diffusers, or, of kinds
+    that diffusers does not load, into the weights (`in_weights`), beside what else is there.
 
     Raises Fault, and takes it off again, when the file cannot be read, holds a tensor that does not belong to this
     model or that diffusers would ignore, lacks one, or when diffusers makes another change of it than its tensors and
     alphas say (`formats`). The names are listed.
     """
+    from finetune.export import in_weights  # it stands above this file
+
     weights.check_file(path)
     tensors = weights.load_tensors(path)
+    if (foreign := _foreign(family, path)) is not None:
+        in_weights.put(family, foreign, adapter, path)
+        return
     promised = _translated(family, path, tensors)
     _require_fitting(family, path, promised)
     try:
@@ -73,8 +83,25 @@ def settings_of(path: Path) -> dict[str, Any]:
 
 def detach(family: Family, adapter: str) -> None:
     """Take an adapter off again."""
+    from finetune.export import in_weights
+
+    if in_weights.holds(family, adapter):
+        in_weights.remove(family, adapter)
+        return
     with quiet():
         family.pipeline.delete_adapters(adapter)
+
+
+def set_strengths(family: Family, strengths: Mapping[str, float]) -> None:
+    """How strong each adapter is, by its name; those that are live and not named are off."""
+    from finetune.export import in_weights
+
+    inside = {name: strength for name, strength in strengths.items() if in_weights.holds(family, name)}
+    live = [name for name in strengths if name not in inside]
+    if inside:
+        in_weights.set_strengths(family, inside)
+    if live:
+        family.pipeline.set_adapters(live, adapter_weights=[strengths[name] for name in live])
 
 
 def adaptable(family: Family) -> dict[str, nn.Module]:
@@ -82,10 +109,11 @@ def adaptable(family: Family) -> dict[str, nn.Module]:
     return {family.denoiser_name: families.denoiser(family), **families.text_encoders(family)}
 
 
-def layers(module: nn.Module, adapter: str) -> dict[str, LoraLayer]:
+def layers(module: nn.Module, adapter: str) -> dict[str, BaseTunerLayer]:
     """The layers of the module that carry the adapter, by name."""
-    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
-    return {name: layer for name, layer in found.items() if adapter in layer.r}
+    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
+    return {name: layer for name, layer in found.items()
+            if any(adapter in getattr(layer, kept) for kept in layer.adapter_layer_names)}  # fmt: skip
 
 
 def adapter_tensors(family: Family, adapter: str) -> dict[str, Tensor]:
@@ -125,7 +153,6 @@ def _translated(family: Family, path: Path, tensors: Mapping[str, Tensor]) -> di
             known = _to_peft(own, part == family.denoiser_name) if own else {}
             translated |= {f"{part}.{naming.held(module, name)}": tensor for name, tensor in known.items()}
     except DIFFUSERS_FAULTS as error:
-        _explain(path)
         raise Fault(
             f"{path}: not an adapter that diffusers can read ({first_line(error)}). Its tensors:", listed(tensors)
         ) from error
@@ -137,16 +164,15 @@ def _translated(family: Family, path: Path, tensors: Mapping[str, Tensor]) -> di
     return {name.replace(f"{LENGTHS}.weight", LENGTHS): tensor for name, tensor in {**translated, **state}.items()}
 
 
-def _explain(path: Path) -> None:
-    """Raises the Fault that says why diffusers reads no such file, where it is one of the reasons known."""
+def _foreign(family: Family, path: Path) -> Adapter | None:
+    """What the file holds, where that is a whole adapter of kinds that diffusers does not load."""
     from finetune.export import formats
 
-    layers = formats.read(path).layers
-    if native := sorted({layer.title for layer in layers if layer.kind != "lora" or "lora_mid.weight" in layer.shapes}):
-        raise Fault(
-            f"{path}: its layers are {', '.join(native)}, where diffusers loads plain LoRA on these models. "
-            "`finetune convert FILE OUT --format diffusers --to-lora RANK` makes one of it."
-        )
+    try:
+        adapter = formats.read(path)
+    except Fault:
+        return None  # what follows says why
+    return adapter if formats.refused(adapter, "diffusers", type(family)) is not None else None
 
 
 def _require_same(family: Family, path: Path, adapter: str) -> None:

@@ -14,11 +14,11 @@ from torch import nn
 from finetune import adapters, checkpoints, config, families, ledger, optim
 from finetune.adapters import NAME
 from finetune.errors import Failure, Fault
-from finetune.export import formats, metadata, naming
+from finetune.export import formats, in_weights, metadata
 from finetune.export.carried import carried
 from finetune.export.compare import coarsest, other_changes
 from finetune.export.content import Adapter
-from finetune.export.reading import adaptable, attach, listed
+from finetune.export.reading import attach, listed
 from finetune.families import Family, Source
 from finetune.keeping import best_step
 from finetune.loop import named
@@ -145,7 +145,7 @@ def put_on(family: Family, adapter: Adapter, path: Path) -> bool:
     Says which. `path`: what to call it in messages. Raises Fault when it is not of this base.
     """
     if formats.refused(adapter, "diffusers", type(family)) is not None:
-        _add(family, adapter, path)
+        in_weights.put(family, adapter, NAME, path)
         return False
     with tempfile.TemporaryDirectory() as folder:  # diffusers takes one alpha of a kohya file for all layers
         file = Path(folder) / "adapter.safetensors"
@@ -157,22 +157,6 @@ def put_on(family: Family, adapter: Adapter, path: Path) -> bool:
     if wrong := other_changes(adapter, carried(family, NAME), coarsest(adapter.dtypes())):
         raise Failure(f"{path}: diffusers does not load it as it is:", listed(wrong))
     return True
-
-
-def _add(family: Family, adapter: Adapter, path: Path) -> None:
-    """W + dW by the formulas of `finetune.export.change`, for good."""
-    parts, wrong = adaptable(family), []
-    for layer in adapter:
-        try:
-            module: Any = parts[layer.part].get_submodule(naming.held(parts[layer.part], layer.path))
-            weight = module.weight.data
-            module.weight.data = weight + layer.change(weight).reshape(weight.shape)
-        except (KeyError, AttributeError):
-            wrong.append(f"{layer.name}: this model has no such layer")
-        except RuntimeError:
-            wrong.append(f"{layer.name}: does not fit the layer's weight {tuple(weight.shape)}")
-    if wrong:
-        raise Fault(f"{path}: {len(wrong)} of its layers do not belong to this {family.title} model.", listed(wrong))
 
 
 def _checkpoint(run: Path, step: str) -> Path:

@@ -22,7 +22,7 @@ from finetune import batches, cli
 
 STEPS = 5
 SIZES = [(64, 64), (128, 64), (70, 64), (64, 100), (64, 64)]
-METHODS = ["--method lora --rank 4 --init olora", "--method dora"]
+METHODS = ["--method lora --rank 4 --init olora", "--method dora", "--method loha", "--method lokr", "--method ia3"]
 RATES = {"adamw": "1e-2", "adamw8bit": "1e-2", "prodigy": "1", "schedulefree": "1e-2"}
 
 
@@ -48,7 +48,8 @@ class Case:
         }  # fmt: skip
         words = [str(word) for pair in told.items() for word in pair]
         words += ["--class-prompt", "a dog", "--class-images", "2", "--class-steps", "1"] if self.prior else []
-        words += ["--no-prior"] * (not self.prior) + ["--dropout", "0.3"] * self.recipe.startswith("lora")
+        drops = self.recipe.startswith("lora") and "ia3" not in self.recipe
+        words += ["--no-prior"] * (not self.prior) + ["--dropout", "0.3"] * drops
         return words + ["--schedule", "cosine"] * (self.optimizer != "schedulefree")
 
 

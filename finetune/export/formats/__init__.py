@@ -95,6 +95,17 @@ def text_width(adapter: Adapter) -> int | None:
     return next(found, None)
 
 
+def first(adapter: Adapter, family: type[Family]) -> str:
+    """The first format that has a place for the adapter. Raises Fault where none has."""
+    reasons = {name: refused(adapter, name, family) for name in FORMATS}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    raise Fault(
+        "no format has a place for the adapter:", [f"{name}: {why.message}" for name, why in reasons.items() if why]
+    )
+
+
 def refused(adapter: Adapter, name: str, family: type[Family]) -> Fault | None:
     """Why a format has no place for the adapter; None where it has."""
     try:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from finetune.errors import Fault
+from finetune.export.change import KINDS
 from finetune.export.content import Adapter, File, Layer
 from finetune.export.naming import LEVEL
 from finetune.export.stream import Entry
@@ -76,7 +77,8 @@ def entries(adapter: Adapter, family: type[Family], dtype: torch.dtype | None) -
         for tensor, shape in layer.shapes.items():
             times = factor if tensor == folded else 1.0
             made[f"{name}.{tensor}"] = layer.entry(tensor, shape, dtype, times)
-        made[f"{name}.alpha"] = Entry((), torch.float32, lambda: torch.tensor(common))
+        if KINDS[layer.kind].act is None:
+            made[f"{name}.alpha"] = Entry((), torch.float32, lambda: torch.tensor(common))
     return made
 
 
