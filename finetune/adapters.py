@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -140,15 +141,45 @@ def off(family: Family) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def full(family: Family, lr: float, text_encoder_lr: float | None, weights: str = "fp32") -> list[Group]:
+PARTS = {
+    "attention": r"\.attn\d*\.",
+    "self-attention": r"\.attn1\.",
+    "cross-attention": r"\.attn2\.",
+    "kv": r"\.attn2\.to_[kv]\.",
+    "feed-forward": r"\.ff(_context)?\.",
+    "norm": r"(^|[._])norm",
+    "conv": r"(^|\.)conv|\.(proj_in|proj_out|conv_shortcut)\.",
+    "down": r"^down_blocks\.",
+    "mid": r"^mid_block\.",
+    "up": r"^up_blocks\.",
+}
+"""Parts of a denoiser, by what stands in the names of their weights"""
+
+
+def full(
+    family: Family, lr: float, text_encoder_lr: float | None, weights: str = "fp32", parts: Sequence[str] = ()
+) -> list[Group]:
     """Train all weights of the denoiser (Ruiz et al. 2022, 2208.12242), and of the text encoders where asked.
 
-    `weights`: the precision that they are held in, fp32 or bf16.
+    `weights`: the precision that they are held in, fp32 or bf16. `parts`: of the denoiser these alone; the rest stays
+    frozen. Raises Fault where the denoiser has no such part.
     """
     families.freeze(family)
     for part in _rates(family, lr, text_encoder_lr):
-        getattr(family.pipeline, part).to(engine.DTYPES[weights]).requires_grad_(True)
+        module: nn.Module = getattr(family.pipeline, part)
+        module.to(engine.DTYPES[weights])
+        for parameter in _chosen(module, parts if part == family.denoiser_name else ()):
+            parameter.requires_grad_(True)
     return _groups(family, lr, text_encoder_lr)
+
+
+def _chosen(module: nn.Module, parts: Sequence[str]) -> list[nn.Parameter]:
+    """The parameters of any of the parts; without parts all."""
+    named = dict(module.named_parameters())
+    for part in parts:
+        if not any(re.search(PARTS[part], name) for name in named):
+            raise Fault(f"--parts {part}: this model's {type(module).__name__} has none. Known: {', '.join(PARTS)}.")
+    return [p for name, p in named.items() if not parts or any(re.search(PARTS[part], name) for part in parts)]
 
 
 def _rates(family: Family, lr: float, text_encoder_lr: float | None) -> dict[str, float]:

@@ -249,7 +249,7 @@ class Training:
     def _optimizer(self, groups: Sequence[Group], full: Full) -> tuple[Optimizer, InBackward | None]:
         sharded = engine.is_sharding(self.accelerator)
         make = partial(optim.optimizer, settings=self.settings, device=self.accelerator.device, sharded=sharded)
-        if full == Full():
+        if replace(full, parts=()) == Full():
             return make(list(groups)), None
         one_by_one = PerParameter(groups, make, self._rounded)
         return one_by_one, InBackward(one_by_one) if full.optimizer_in_backward else None

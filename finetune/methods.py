@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
 from torch import Tensor, nn
 
 from finetune.errors import Fault
@@ -158,12 +158,19 @@ def _ia3(adapter: Adapter, places: Places) -> PeftConfig:
     return IA3Config(target_modules=list(places), feedforward_modules=biased)
 
 
+def _oft(adapter: Adapter, places: Places) -> PeftConfig:
+    """With Cayley's own formula: PEFT's series for it stops after five terms, and turns no more than about."""
+    blocks = {"r": 0, "oft_block_size": adapter.rank, "use_cayley_neumann": False}
+    return OFTConfig(module_dropout=adapter.dropout, target_modules=list(places), **blocks)
+
+
 RANKS = frozenset({"rank_pattern", "alpha_pattern", "conv_rank", "dropout"})
 METHODS = {
     "lora": Method("LoRA", _lora, RANKS | {"rslora", "init", "lora_plus_ratio"}),
     "dora": Method("DoRA", partial(_lora, dora=True), RANKS | {"rslora", "lora_plus_ratio"}),
     "loha": Method("LoHa", _loha, RANKS),
     "lokr": Method("LoKr", _lokr, RANKS | {"factor"}),
+    "oft": Method("OFT", _oft, frozenset({"dropout"})),
     "ia3": Method("(IA)3", _ia3, frozenset()),
 }
 """Adding one: its line here and in `settings.Method`; how its layers are read in `finetune.export.carried`; if no other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import live
@@ -119,6 +120,68 @@ def test_lora_plus_gives_b_its_own_rate(tiny_models: dict[str, Path]) -> None:
     for number, group in enumerate(groups):
         names = set(loop.named(family, [group]))
         assert names and all((".lora_B." in name) == (number % 2 == 1) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("parts", "inside"),
+    [
+        (("kv",), r"attn2\.to_[kv]\.weight"),
+        (("attention",), r"\.attn[12]\."),
+        (("self-attention", "feed-forward"), r"\.attn1\.|\.ff\."),
+        (("norm",), r"norm"),
+        (("up", "mid"), r"^(up_blocks|mid_block)\."),
+        (("conv",), r"conv|proj_in|proj_out"),
+    ],
+)
+def test_parts_of_the_denoiser_train_alone(parts: tuple[str, ...], inside: str, tiny_models: dict[str, Path]) -> None:
+    """Only they have gradients, after a step, and all that they are."""
+    family = families.load(Source(str(tiny_models["sd"])))
+    groups = adapters.full(family, 1e-3, None, parts=parts)
+    prediction_with_gradient(family).square().mean().backward()
+    moved = {name for name, p in family.pipeline.unet.named_parameters() if p.grad is not None}
+    names = {name for name, _ in family.pipeline.unet.named_parameters()}
+    assert moved == {name for name in names if re.search(inside, name)} and moved < names
+    assert {id(p) for group in groups for p in group.parameters} == {
+        id(p) for name, p in family.pipeline.unet.named_parameters() if name in moved
+    }
+
+
+def prediction_with_gradient(family: Family) -> torch.Tensor:
+    conditions = {name: torch.ones(1, *shape) for name, shape in family.condition_shapes().items()}
+    return family.predict(torch.ones(1, 4, 16, 16), torch.tensor([500]), conditions, torch.zeros(1, 6))
+
+
+def test_a_part_that_is_not_there_is_refused(tiny_models: dict[str, Path]) -> None:
+    family = families.load(Source(str(tiny_models["sd"])))
+    del family.pipeline.unet.mid_block
+    with pytest.raises(Fault, match="--parts mid: this model's UNet2DConditionModel has none"):
+        adapters.full(family, 1e-3, None, parts=("mid",))
+
+
+def test_what_is_no_part_stays_the_bases(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Through the command line, and exported from a checkpoint too."""
+    from safetensors.torch import load_file
+
+    pictures = shelf.datasets() / "gizmo" / "pictures"
+    given = [
+        "--data",
+        str(pictures),
+        "--model",
+        str(tiny_models["sd"]),
+        "--output",
+        str(tmp_path / "run"),
+        "--no-prior",
+    ]
+    rest = ["--parts", "kv", "--steps", "2", "--lr", "1e-2", "--checkpoint-every", "1", "--tracker", "none"]
+    cli.main(["train", "dreambooth", *given, *rest, "--resolution", "64"])
+    cli.main(["export", str(tmp_path / "run"), "--step", "2", "--format", "merged", "--dtype", "fp32",
+              "--output", str(tmp_path / "out"), "--name", "it"])  # fmt: skip
+    file = "unet/diffusion_pytorch_model.safetensors"
+    base = load_file(tiny_models["sd"] / file)
+    for folder in (tmp_path / "run" / "model", tmp_path / "out" / "it-merged"):
+        made = load_file(folder / file)
+        moved = {name for name in base if not torch.equal(made[name], base[name])}
+        assert moved and all(re.search(r"attn2\.to_[kv]\.", name) for name in moved)
 
 
 @pytest.mark.parametrize(

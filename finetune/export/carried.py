@@ -10,6 +10,7 @@ from peft.tuners.ia3 import IA3Layer
 from peft.tuners.loha import LoHaLayer
 from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.oft import OFTLayer
 from torch import Tensor
 
 from finetune.adapters import INITIAL, NAME
@@ -67,9 +68,14 @@ def _ia3(layer: Any, name: str) -> Told:
     return {"weight": layer.ia3_l[name].flatten() - 1, "on_input": torch.tensor(int(layer.is_feedforward))}, None
 
 
+def _oft(layer: Any, name: str) -> Told:
+    return {"oft_R.weight": layer.oft_R[name].weight}, None
+
+
 TOLD: dict[type, Callable[[Any, str], Told]] = {
     LoraLayer: _lora,
     LoHaLayer: _lycoris,
     LoKrLayer: _lycoris,
     IA3Layer: _ia3,
+    OFTLayer: _oft,
 }

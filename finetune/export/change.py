@@ -72,6 +72,29 @@ def factors(t: Tensors) -> Tensor:
     return row if t["on_input"].item() else row.T
 
 
+def rotation(t: Tensors) -> Tensor:
+    """R - I, (in, in), where a weight becomes W R' (Qiu et al. 2023, 2306.07280): R of blocks (I - S) (I + S)^-1, which
+    are rotations, as S is skew (Cayley)."""
+    vectors = t["oft_R.weight"].float()
+    side = block_side(vectors.shape[1])
+    rows, columns = torch.triu_indices(side, side, 1)
+    half = torch.zeros(len(vectors), side, side)
+    half[:, rows, columns] = vectors.cpu()
+    skew, one = half - half.mT, torch.eye(side).expand_as(half)
+    blocks = torch.linalg.solve(one + skew, one - skew, left=False)
+    return torch.block_diag(*(blocks - one))
+
+
+def block_side(numbers: int) -> int:
+    """Of a skew matrix with so many numbers above its diagonal."""
+    return round((1 + (1 + 8 * numbers) ** 0.5) / 2)
+
+
+def _turned(shapes: Shapes) -> tuple[None, int]:
+    count, numbers = shapes["oft_R.weight"]
+    return None, count * block_side(numbers)
+
+
 def weighed(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
     """The change with DoRA: m (W + dW) / ||W + dW|| - W (Liu et al. 2024, 2402.09353, eq. 5)."""
     base = weight.float().flatten(1)
@@ -126,6 +149,7 @@ KINDS = {
     "ia3": Kind(
         "(IA)3", _sets("weight on_input"), lambda shapes: None, factors, torch.mul, lambda shapes: (None, None)
     ),
+    "oft": Kind("OFT", _sets("oft_R.weight"), lambda shapes: None, rotation, lambda turn, w: w @ turn.T, _turned),
     "diff": Kind("whole difference", _sets("diff"), lambda shapes: None, difference),
 }
 """Adding one: a formula above and its line here."""

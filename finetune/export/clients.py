@@ -74,6 +74,8 @@ def made_for(content: Content) -> list[str]:
     """The clients that files with such names and kinds are for."""
     if any(module.spelling in PEFT for module in content):
         return ["diffusers"]
+    if any(module.spelling == "tuner" for module in content):
+        return []
     others = {"diffusers", "sd-scripts"} if _native(content) else set()
     if any(module.kind == "ia3" for module in content):
         others |= {"ComfyUI", "Forge"}
@@ -81,7 +83,7 @@ def made_for(content: Content) -> list[str]:
 
 
 def _judge(client: str, rules: Sequence[Rule], content: Content) -> Verdict:
-    hits = [(rule, rule.hits(content)) for rule in rules]
+    hits = [(rule, rule.hits(content)) for rule in (TUNED, *rules)]
     findings = [Finding(rule.effect, rule.reason, [module.name for module in hit]) for rule, hit in hits if hit]
     ignored = {name for one in findings if one.effect == "ignores" for name in one.names}
     unmatched = sum(len(module.keys) for module in content if module.name in ignored)
@@ -237,6 +239,7 @@ def _hidden(content: Content) -> list[Module]:
     return list(content.modules) if content.metadata and not right else []
 
 
+TUNED = Rule("refuses", "PEFT's own names, which PEFT alone reads", lambda c: [m for m in c if m.spelling == "tuner"])
 FACTORS = Rule("ignores", "it does not know (IA)3", lambda content: [m for m in content if m.kind == "ia3"])
 ABSENT = Rule("ignores", "no such layer in the model", _unknown)
 BROKEN = Rule("refuses", "a layer's tensors are not whole, or it does not know one of them", _not_whole)

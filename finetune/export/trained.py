@@ -187,7 +187,7 @@ def _load_state(trained: Trained, path: Path, source: Source | None) -> Loaded:
     if trained.adapts:
         groups = adapters.adapt(family, AdapterSettings(**settings["adapter"]), *rates, seed=0)
     else:
-        groups = adapters.full(family, *rates)
+        groups = adapters.full(family, *rates, parts=settings.get("full", {}).get("parts", ()))
     parameters = named(family, groups)
     average = training["average"]["average"] if training["average"] else None
     _put_back(path, parameters, average or training["parameters"])

@@ -13,7 +13,7 @@ from finetune.errors import Fault
 from finetune.export import hashes, stream
 from finetune.export import metadata as headers
 from finetune.export.content import Adapter, File, Layer
-from finetune.export.formats import diffusers, kohya
+from finetune.export.formats import diffusers, kohya, peft
 from finetune.export.stream import Entry
 from finetune.families import Family
 from finetune.families.base import Edition
@@ -37,6 +37,7 @@ FORMATS = {
     for name, title, module in (
         ("diffusers", "diffusers and PEFT", diffusers),
         ("kohya", "A1111, ComfyUI, Forge, InvokeAI, sd-scripts, diffusers", kohya),
+        ("peft", "PEFT", peft),
     )
 }
 

@@ -122,12 +122,17 @@ def place(key: str) -> tuple[str, str, str]:
         name, tensor = f"{found['layer']}.{own}", f"lora_{found['way']}.weight"
     else:
         raise KeyError(key)
+    return *parted(name), tensor
+
+
+def parted(name: str) -> tuple[str, str]:
+    """Part and path of a layer's name."""
     part, _, path = name.partition(".")
     if part not in PARTS:
         part, path = "unet", name
     if part.startswith("text_encoder") and not path.startswith((LEVEL, "text_projection")):
         path = LEVEL + path
-    return part, path, tensor
+    return part, path
 
 
 def fields(file: File) -> dict[str, Any]:

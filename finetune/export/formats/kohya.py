@@ -71,6 +71,12 @@ def entries(adapter: Adapter, family: type[Family], dtype: torch.dtype | None) -
     common, made = _common_alpha(adapter), {}
     for layer in adapter:
         name = module(layer, family)
+        if layer.kind == "oft":
+            raise Fault(
+                f"{layer.name}: PEFT's OFT turns what goes into a layer, LyCORIS's what comes out: no name here means "
+                "it. Take the format peft, a whole model, or the nearest LoRA: `finetune convert FILE OUT --to-lora "
+                "RANK --model BASE`."
+            )
         rank = layer.rank
         factor = 1.0 if rank is None else layer.scale * rank / common
         folded = next((tensor for tensor in FOLDED if tensor in layer.shapes), None)
