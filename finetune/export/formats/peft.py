@@ -72,9 +72,8 @@ def entries(adapter: Adapter, family: type[Family], dtype: torch.dtype | None) -
     """The file's tensors, each layer's scale in its weights: PEFT is told a scale of 1. Raises Fault for LoRA, DoRA and
     whole differences, and for LoKr in shapes that PEFT does not make."""
     made = {}
+    metadata(adapter, family)  # raises what cannot be told
     for layer in adapter:
-        if layer.kind not in CONFIGS or MAGNITUDE in layer.shapes:
-            raise Fault(f"{layer.name}: the format peft is for LoHa, LoKr, OFT and (IA)3, not for {layer.said}.")
         if layer.kind == "ia3":
             made[f"{layer.name}.{FACTORS}"] = _factors_entry(layer)
             continue
@@ -82,7 +81,6 @@ def entries(adapter: Adapter, family: type[Family], dtype: torch.dtype | None) -
         for tensor, shape in layer.shapes.items():
             times = layer.scale if tensor == folded else 1.0
             made[f"{layer.name}.{tensor}"] = layer.entry(tensor, shape, dtype, times)
-    metadata(adapter, family)  # raises what cannot be told
     return made
 
 
@@ -91,7 +89,10 @@ def told(adapter: Adapter) -> Adapter:
 
 
 def metadata(adapter: Adapter, family: type[Family]) -> dict[str, str]:
-    """Raises Fault when PEFT cannot be told the shapes."""
+    """Raises Fault for kinds that have no place here, and when PEFT cannot be told the shapes."""
+    for layer in adapter:
+        if layer.kind not in CONFIGS or MAGNITUDE in layer.shapes:
+            raise Fault(f"{layer.name}: the format peft is for LoHa, LoKr, OFT and (IA)3, not for {layer.said}.")
     configs = {}
     for part in adapter.parts:
         layers = [layer for layer in adapter if layer.part == part]
