@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
+from peft import PeftConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from finetune import engine, families, keys
+from finetune import engine, families, keys, methods
 from finetune.errors import Fault
 from finetune.families import Family
-from finetune.settings import Adapter
+from finetune.quiet import quiet
+from finetune.settings import Adapter, Optim
 
 NAME = "default"
 """PEFT's name of the adapter that trains."""
+INITIAL = "initial"
+"""Of what `--init` began with, which is taken off by a second adapter that does not train."""
+LIVE = [NAME, INITIAL]
+"""Both are active together. Layers without the second one go without it."""
 
 
 @dataclass(frozen=True)
@@ -35,28 +42,42 @@ class Group:
         return sum(p.numel() for p in self.parameters)
 
 
-def lora(family: Family, adapter: Adapter, lr: float, text_encoder_lr: float | None, seed: int) -> list[Group]:
-    """Inject a LoRA (Hu et al. 2021, 2106.09685) through PEFT; nothing else of the pipeline trains.
+def check(adapter: Adapter, optim: Optim) -> None:
+    """Refuse what a method cannot do as it was asked. Needs no model."""
+    methods.check(adapter)
+    if optim.optimizer == "prodigy" and adapter.lora_plus_ratio != 1:
+        raise Fault(
+            f"--optimizer prodigy --lora-plus-ratio {adapter.lora_plus_ratio:g}: it finds one rate for all that "
+            "trains. Leave the ratio out, or take another optimizer."
+        )
 
-    The thin matrices are float32 whatever the base's precision: their steps are smaller than bf16 can add up.
+
+def adapt(family: Family, adapter: Adapter, lr: float, text_encoder_lr: float | None, seed: int) -> list[Group]:
+    """Put an adapter on through PEFT, by its method; nothing else of the pipeline trains.
+
+    What trains is float32 whatever the base's precision: its steps are smaller than bf16 can add up. Raises Fault where
+    a pattern fits no layer.
     """
-    if adapter.rank < 1:
-        raise Fault(f"rank {adapter.rank}: an adapter's rank is at least 1; 4 to 64 is usual.")
+    methods.check(adapter)
     families.freeze(family)
     targets = {family.denoiser_name: family.adapter_targets}
     targets |= dict.fromkeys(family.text_encoder_names, family.text_adapter_targets)
+    chosen: dict[str, methods.Places] = {}
     for part in _rates(family, lr, text_encoder_lr):
         module = getattr(family.pipeline, part)
-        config = LoraConfig(
-            r=adapter.rank,
-            lora_alpha=adapter.rank if adapter.alpha is None else adapter.alpha,
-            lora_dropout=adapter.dropout,
-            target_modules=list(targets[part]),
-        )
+        spatial = part == family.denoiser_name and adapter.conv_rank is not None
+        chosen[part] = methods.places(module, adapter, targets[part], spatial)
+    _require_used(adapter, chosen)
+    for part, places in chosen.items():
+        module, config = getattr(family.pipeline, part), methods.METHODS[adapter.method].config(adapter, places)
         with keys.seeded(seed, "adapter", part):
             module.add_adapter(config, NAME)
+        if adapter.init != "default":
+            _begin(module, adapter, config)
         cast_training_params(module, torch.float32)
-    return groups(family, lr, text_encoder_lr)
+    for parameter in beside(family).values():
+        parameter.requires_grad_(False)
+    return groups(family, lr, text_encoder_lr, adapter.lora_plus_ratio)
 
 
 def adapted(family: Family) -> list[Any]:
@@ -64,28 +85,105 @@ def adapted(family: Family) -> list[Any]:
     return [part for part in families.modules(family).values() if getattr(part, "peft_config", None)]
 
 
+def beside(family: Family) -> dict[str, nn.Parameter]:
+    """What an adapter consists of besides what trains, by part and name: what `--init` began with."""
+    return {
+        f"{part}.{name}": parameter
+        for part, module in families.modules(family).items()
+        for name, parameter in module.named_parameters()
+        if INITIAL in name.split(".")
+    }
+
+
+def _begin(module: Any, adapter: Adapter, config: PeftConfig) -> None:
+    """Begin with a part of each weight, B A, and take it off again by the second adapter, -B A."""
+    with quiet():  # that it is the second one
+        module.add_adapter(config, INITIAL)
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            weight, rank, scale = layer.get_base_layer().weight.data, layer.r[NAME], layer.scaling[NAME]
+            if rank > min(weight.flatten(1).shape):
+                shape = tuple(weight.shape)
+                raise Fault(f"--init {adapter.init}: a weight of shape {shape} has no {rank} directions. Lower --rank.")
+            up, down = methods.INITIAL[adapter.init](weight.float() / scale, rank)
+            for name, sign in zip(LIVE, (1, -1), strict=True):
+                halves: Any = layer.lora_B[name], layer.lora_A[name]
+                for half, value in zip(halves, (sign * up, down), strict=True):
+                    half.weight.data = value.reshape(half.weight.shape).to(torch.float32, copy=True).contiguous()
+            layer.set_adapter(LIVE)
+            layer.lora_dropout[INITIAL] = nn.Identity()
+
+
+def _require_used(adapter: Adapter, chosen: dict[str, methods.Places]) -> None:
+    """Every pattern fits some layer, and there are convolutions where they are asked for."""
+    paths = [path for places in chosen.values() for path in places]
+    for flag, patterns in (("rank-pattern", methods.ranks(adapter)), ("alpha-pattern", methods.alphas(adapter))):
+        for part, value in patterns:
+            if not any(methods.fits(part, path) for path in paths):
+                raise Fault(
+                    f"--{flag} {part}={value:g}: no layer that is adapted has such a part in its path. One of them: "
+                    f"{paths[0]}. The parts are whole names between dots."
+                )
+    if adapter.conv_rank is not None and not any(
+        isinstance(place.module, nn.Conv2d) for places in chosen.values() for place in places.values()
+    ):
+        raise Fault(f"--conv-rank {adapter.conv_rank}: this model's blocks have no convolutions. Leave it out.")
+
+
 @contextmanager
 def off(family: Family) -> Iterator[None]:
     """Inside, the adapter does nothing: the model is the frozen base."""
-    parts = adapted(family)
+    parts, kept = adapted(family), beside(family).values()
     for part in parts:
         part.disable_adapters()
     try:
         yield
     finally:
         for part in parts:
-            part.enable_adapters()
+            part.enable_adapters()  # all that is active trains again
+        for parameter in kept:
+            parameter.requires_grad_(False)
 
 
-def full(family: Family, lr: float, text_encoder_lr: float | None, weights: str = "fp32") -> list[Group]:
+PARTS = {
+    "attention": r"\.attn\d*\.",
+    "self-attention": r"\.attn1\.",
+    "cross-attention": r"\.attn2\.",
+    "kv": r"\.attn2\.to_[kv]\.",
+    "feed-forward": r"\.ff(_context)?\.",
+    "norm": r"(^|[._])norm",
+    "conv": r"(^|\.)conv|\.(proj_in|proj_out|conv_shortcut)\.",
+    "down": r"^down_blocks\.",
+    "mid": r"^mid_block\.",
+    "up": r"^up_blocks\.",
+}
+"""Parts of a denoiser, by what stands in the names of their weights"""
+
+
+def full(
+    family: Family, lr: float, text_encoder_lr: float | None, weights: str = "fp32", parts: Sequence[str] = ()
+) -> list[Group]:
     """Train all weights of the denoiser (Ruiz et al. 2022, 2208.12242), and of the text encoders where asked.
 
-    `weights`: the precision that they are held in, fp32 or bf16.
+    `weights`: the precision that they are held in, fp32 or bf16. `parts`: of the denoiser these alone; the rest stays
+    frozen. Raises Fault where the denoiser has no such part.
     """
     families.freeze(family)
     for part in _rates(family, lr, text_encoder_lr):
-        getattr(family.pipeline, part).to(engine.DTYPES[weights]).requires_grad_(True)
+        module: nn.Module = getattr(family.pipeline, part)
+        module.to(engine.DTYPES[weights])
+        for parameter in _chosen(module, parts if part == family.denoiser_name else ()):
+            parameter.requires_grad_(True)
     return groups(family, lr, text_encoder_lr)
+
+
+def _chosen(module: nn.Module, parts: Sequence[str]) -> list[nn.Parameter]:
+    """The parameters of any of the parts; without parts all."""
+    named = dict(module.named_parameters())
+    for part in parts:
+        if not any(re.search(PARTS[part], name) for name in named):
+            raise Fault(f"--parts {part}: this model's {type(module).__name__} has none. Known: {', '.join(PARTS)}.")
+    return [p for name, p in named.items() if not parts or any(re.search(PARTS[part], name) for part in parts)]
 
 
 def _rates(family: Family, lr: float, text_encoder_lr: float | None) -> dict[str, float]:
@@ -98,9 +196,14 @@ def _rates(family: Family, lr: float, text_encoder_lr: float | None) -> dict[str
     return rates
 
 
-def groups(family: Family, lr: float, text_encoder_lr: float | None) -> list[Group]:
-    """What trains of a family that was prepared by one of these."""
-    return [
-        Group(part, [p for p in getattr(family.pipeline, part).parameters() if p.requires_grad], rate)
-        for part, rate in _rates(family, lr, text_encoder_lr).items()
-    ]
+def groups(family: Family, lr: float, text_encoder_lr: float | None, plus: float = 1.0) -> list[Group]:
+    """What trains of a family that was prepared by one of these: a group for each part; with LoRA+ one more each,
+    of the matrices B at `plus` times the rate.
+    """
+    made = []
+    for part, rate in _rates(family, lr, text_encoder_lr).items():
+        trained = {name: p for name, p in getattr(family.pipeline, part).named_parameters() if p.requires_grad}
+        fast = [p for name, p in trained.items() if plus != 1 and ".lora_B." in name]
+        slow = [p for name, p in trained.items() if plus == 1 or ".lora_B." not in name]
+        made += [Group(part, slow, rate)] + ([Group(part, fast, rate * plus)] if fast else [])
+    return made

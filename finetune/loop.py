@@ -151,13 +151,14 @@ class Training:
         self.batches = Batches(data, order, model.objective.timesteps, accelerator.device)
         if train.gradient_checkpointing:
             _checkpoint_activations(family)
-        names = set(named(family, groups))
+        names, beside = set(named(family, groups)), adapters.beside(family)
         asks = bool(loss.unmasked_prior) or any(i.example.taught and i.example.lesson is None for i in data.companions)
         sharding.require_no_questions(asks, accelerator)
         self.whole = sharding.Whole(family, accelerator)
         self.model, self.optimizer = sharding.prepare(model, optimizer, accelerator, settings.max_grad_norm)
         own = dict(model.parts.named_parameters())  # other ones than before where they are shared out
         self.parameters = {name: parameter for name, parameter in own.items() if name in names}
+        self.beside = {name: own[name] for name in beside}
         self.names = {parameter: name for name, parameter in self.parameters.items()}
         self.average = Average(self.parameters, train.ema, "cpu" if train.ema_on_cpu else None) if train.ema else None
         self.validation = Validation(self.batches, train.batch_size, accelerator)
@@ -178,6 +179,7 @@ class Training:
         scaler = self.accelerator.scaler
         state = {
             "parameters": {name: parameter.data for name, parameter in self.parameters.items()},
+            "beside": {name: parameter.data for name, parameter in self.beside.items()},
             "optimizer": self.optimizer.state_dict(),
             "kind": self.kind,
             "schedule": self.scheduler.state_dict(),
@@ -199,6 +201,8 @@ class Training:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(sharding.like(state["parameters"][name], parameter))
+            for name, parameter in self.beside.items():
+                parameter.copy_(sharding.like(state["beside"][name], parameter))
         if state["optimizer"] is None:
             raise Fault("the checkpoint holds no optimizer state. Resume from another one.")
         if state.get("kind", self.kind) != self.kind:
@@ -245,7 +249,7 @@ class Training:
     def _optimizer(self, groups: Sequence[Group], full: Full) -> tuple[Optimizer, InBackward | None]:
         sharded = engine.is_sharding(self.accelerator)
         make = partial(optim.optimizer, settings=self.settings, device=self.accelerator.device, sharded=sharded)
-        if full == Full():
+        if replace(full, parts=()) == Full():
             return make(list(groups)), None
         one_by_one = PerParameter(groups, make, self._rounded)
         return one_by_one, InBackward(one_by_one) if full.optimizer_in_backward else None

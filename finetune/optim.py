@@ -109,6 +109,12 @@ def check_full(full: Full, settings: Optim, train: Train, accelerator: Accelerat
     bf16, early = full.weights == "bf16", full.optimizer_in_backward
     asked = "--weights bf16" if bf16 else "--optimizer-in-backward"
     name = settings.optimizer
+    if full.parts and engine.is_sharding(accelerator):
+        title = engine.SHARDING[engine.running(accelerator)]
+        raise Fault(
+            f"--parts {' '.join(full.parts)}: not tested with {title}, which a part of the weights seldom needs. Train "
+            f"without {title}, or all weights."
+        )
     if (bf16 or early) and name != "auto" and not KNOWN[name].separable:
         raise Fault(
             f"{asked} --optimizer {name}: weights step one at a time there, and this optimizer finds one rate over all "

@@ -13,6 +13,10 @@ from tyro.conf import Suppress, arg
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "cosine", "linear", "polynomial"]
+Method = Literal["lora", "dora", "loha", "lokr", "oft", "ia3"]
+Part = Literal[
+    "attention", "self-attention", "cross-attention", "kv", "feed-forward", "norm", "conv", "down", "mid", "up"
+]
 Optimizer = Literal[
     "auto", "adamw", "adamw8bit", "pagedadamw8bit", "lion8bit", "adafactor", "prodigy", "schedulefree", "came"
 ]
@@ -175,20 +179,52 @@ class Prior:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The LoRA adapter (Hu et al. 2021, 2106.09685): W x + alpha / rank * B A x."""
+    """What is put beside the base's weights to be trained."""
 
+    method: Method = "lora"
+    """How a change is written down. `lora`: W + alpha / rank * B A, two thin matrices (Hu et al. 2021, 2106.09685).
+    `dora`: the same, each row's length trained beside it (Liu et al. 2024, 2402.09353). `loha`: the product, entry by
+    entry, of two such products (Hyeon-Woo et al. 2021, 2108.06098). `lokr`: a Kronecker product (Yeh et al. 2023,
+    2309.14859), the smallest that still changes whole matrices. `oft`: what goes into a layer is turned, in blocks of
+    `--rank` (Qiu et al. 2023, 2306.07280), which keeps angles between the rows. `ia3`: a factor for each row or column
+    (Liu et al. 2022, 2205.05638), the smallest files. docs/methods.md says when to take which."""
     rank: int = 16
-    """Rank of the two thin matrices: more follows finer detail, and forgets the base sooner."""
+    """Rank of the thin matrices: more follows finer detail, and forgets the base sooner. (IA)3 has none."""
     alpha: float | None = None
-    """The adapter is scaled by alpha / rank. Default: the rank, that is a scale of 1."""
+    """The adapter is scaled by alpha / rank, in layers of another rank too. Default: the rank, that is a scale of 1."""
+    rank_pattern: tuple[str, ...] = ()
+    """Other ranks for some layers: `attn2=32 down_blocks.0=4`, each for the layers with such a part in their path. Of
+    several that fit, the last one counts."""
+    alpha_pattern: tuple[str, ...] = ()
+    """Other alphas for some layers, in the same way."""
+    conv_rank: int | None = None
+    """Adapt the convolutions of the denoiser's blocks too, at this rank (LoCon, Yeh et al. 2023, 2309.14859): for
+    styles and textures. Default: attention alone."""
+    rslora: bool = False
+    """Rank-stabilised: scaled by alpha / sqrt(rank), so that high ranks learn no slower (Kalajdzievski 2023,
+    2312.03732)."""
     dropout: float = 0.0
-    """Share of the adapter's inputs that are dropped while training."""
+    """Share of the adapter's inputs (LoHa, LoKr: of the change's rows; OFT: of the blocks) that are dropped while
+    training."""
+    factor: int = -1
+    """Of LoKr: into how many parts the sides of a weight are divided for the first factor; 4 to 16 is usual, fewer is a
+    larger file. -1: such that both factors are as alike as can be, the smallest file."""
+    init: Literal["default", "pissa", "olora"] = "default"
+    """What it begins with. `default`: a change of zero. `pissa`: the largest singular values of the weight (Meng et al.
+    2024, 2404.02948), `olora`: its QR factors (Buyukakyuz 2024, 2406.01775), both taken off again, so that the base
+    stays as it is; they learn faster at first, and the file is twice as large."""
+    lora_plus_ratio: float = 1.0
+    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, 2402.12354); 16 is usual, at a lower --lr."""
 
 
 @dataclass(frozen=True)
 class Full:
-    """All weights of the denoiser train: how they are held and stepped where memory is short."""
+    """The denoiser's weights train: which of them, and how they are held and stepped where memory is short."""
 
+    parts: tuple[Part, ...] = ()
+    """Train these parts of the denoiser alone: its attention (to itself, to the text), the keys and values of what
+    attends to the text (kv: Custom Diffusion, Kumari et al. 2022, 2212.04488), feed-forward layers, norms,
+    convolutions, or its blocks on the way down, in the middle, on the way up. Default: all of it."""
     weights: Literal["fp32", "bf16"] = "fp32"
     """Precision of the weights that train. bf16 takes half the memory; what a step leaves of each weight is rounded up
     or down by chance, so that small steps add up (Zamirai et al. 2020, 2010.06192). It needs --precision bf16."""

@@ -1,4 +1,4 @@
-"""DreamBooth: the whole UNet learns a subject, beside class pictures that keep what the base knows.
+"""DreamBooth: the UNet, or parts of it, learns a subject, beside class pictures that keep what the base knows.
 
 The page reads downward: load, freeze, adapt, data, fit, export. `finetune copy dreambooth my_recipe.py` hands it to
 you; change it, and run it with `finetune train ./my_recipe.py`.
@@ -14,7 +14,7 @@ from finetune.settings import Captions, Data, Framing, Full, Loss, Measure, Mode
 
 @dataclass(frozen=True)
 class Config:
-    """DreamBooth: the whole UNet learns a subject, beside class pictures that keep what the base knows."""
+    """DreamBooth: the UNet, or parts of it, learns a subject, beside class pictures that keep what the base knows."""
 
     data: Data
     output: Output
@@ -54,8 +54,9 @@ def main(config: Config) -> None:
     how = config.framing, sides, family.multiple(), config.captions, run.seed
     subjects, companions, held = (ft.data.plan(each, *how) for each in (examples, beside, held_out))
 
-    # What trains: every weight of the denoiser, and of the text encoders where a rate is given for them.
-    groups = ft.adapters.full(family, config.optim.lr, config.optim.text_encoder_lr, config.full.weights)
+    # What trains: the denoiser's weights, or those of its parts, and the text encoders' where a rate is given for them.
+    rates = config.optim.lr, config.optim.text_encoder_lr
+    groups = ft.adapters.full(family, *rates, config.full.weights, config.full.parts)
     run.begin(family, groups, subjects, companions, held, report.warnings)
 
     # Latents and conditions, computed once. The VAE then leaves the memory, and the text encoders unless they train.

@@ -50,6 +50,7 @@ def main(config: Config) -> None:
     examples, held_out = ft.data.read(config.data, config.captions, run.seed)
     ft.priors.check(config.prior, config.data, examples)
     ft.objective.check(config.loss)
+    ft.adapters.check(config.adapter, config.optim)
     measured = ft.Measured(run, config, examples, held_out)
     run.hold()
 
@@ -64,8 +65,8 @@ def main(config: Config) -> None:
     how = config.framing, sides, family.multiple(), config.captions, run.seed
     subjects, companions, held = (ft.data.plan(each, *how) for each in (examples, beside, held_out))
 
-    # What trains: two thin matrices beside each attention projection.
-    groups = ft.adapters.lora(family, config.adapter, config.optim.lr, config.optim.text_encoder_lr, config.train.seed)
+    # What trains: by LoRA two thin matrices beside each attention projection.
+    groups = ft.adapters.adapt(family, config.adapter, config.optim.lr, config.optim.text_encoder_lr, config.train.seed)
     run.begin(family, groups, subjects, companions, held, report.warnings)
 
     # Latents and conditions, computed once. The VAE then leaves the memory, and the text encoders unless they train.

@@ -17,7 +17,7 @@ def adapted(
     """A LoRA on the denoiser (and the text encoders), each weight drawn from a key of its own."""
     family = families.load(Source(str(folder)), dtype)
     rate = 1e-4 if text and family.trained_text_encoders else None
-    adapters.lora(family, Adapter(rank=rank, alpha=alpha), 1e-4, rate, seed=0)
+    adapters.adapt(family, Adapter(rank=rank, alpha=alpha), 1e-4, rate, seed=0)
     randomise(family)
     return family
 

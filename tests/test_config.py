@@ -163,7 +163,7 @@ def test_settings_of_one_recipe_are_not_taken_by_another(tmp_path: Path) -> None
 
 def test_the_written_settings_explain_themselves() -> None:
     text = config.dumps(Config(settings.Output(Path("o")), settings.Data("d")))
-    assert "\nrank = 16  # Rank of the two thin matrices\n" in text
+    assert "\nrank = 16  # Rank of the thin matrices\n" in text
     assert text.startswith("depth = 3  # How deep\n")
     assert "revision" not in text, "None is left out"
 

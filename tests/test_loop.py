@@ -40,7 +40,7 @@ def prepared(
 ) -> tuple[Family, list[Group], Encodings]:
     family = families.load(Source(str(model)))
     if method == "lora":
-        groups = adapters.lora(family, Adapter(rank=4, alpha=8), 1e-2, rates.get("text"), 0)
+        groups = adapters.adapt(family, Adapter(rank=4, alpha=8), 1e-2, rates.get("text"), 0)
     else:
         groups = adapters.full(family, 1e-3, rates.get("text"))
     companions = [] if prior is None else read_plain(pictures, "a photo of a dog", prior)
@@ -109,7 +109,7 @@ def test_the_text_encoders_train_where_a_rate_is_given(tiny_models: dict[str, Pa
 def test_the_vae_and_the_text_encoder_are_out_of_memory(tiny_models: dict[str, Path], pictures: Path) -> None:
     family = families.load(Source(str(tiny_models["sd"])))
     frozen = [weakref.ref(family.pipeline.vae), weakref.ref(family.pipeline.text_encoder)]
-    groups = adapters.lora(family, Adapter(rank=4), 1e-2, None, 0)
+    groups = adapters.adapt(family, Adapter(rank=4), 1e-2, None, 0)
     data = measured.encoded(family, read_plain(pictures, "a dog"))
     gc.collect()
     assert [ref() for ref in frozen] == [None, None]

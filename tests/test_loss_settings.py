@@ -50,7 +50,7 @@ def pictures(tmp_path: Path) -> Path:
 
 def prepared(model: Path, pictures: Path) -> tuple[Family, Encodings]:
     family = families.load(Source(str(model)))
-    adapters.lora(family, Adapter(rank=4), 1e-2, None, 0)
+    adapters.adapt(family, Adapter(rank=4), 1e-2, None, 0)
     return family, measured.encoded(family, read_plain(pictures, "a photo of sks dog"))
 
 

@@ -32,7 +32,7 @@ def prepared(tiny_models: dict[str, Path], tmp_path: Path) -> Prepared:
     examples, faults = masks.attach(data.read_plain(tmp_path / "pictures", "a dog"), tmp_path / "masks", alpha=False)
     assert len(faults) == 1 and "1.png" in faults[0]  # a folder of masks has one for each picture
     family = families.load(Source(str(tiny_models["sd"])))
-    adapters.lora(family, Adapter(rank=4), 1e-2, None, 0)
+    adapters.adapt(family, Adapter(rank=4), 1e-2, None, 0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for name, parameter in family.pipeline.unet.named_parameters():

@@ -113,7 +113,7 @@ def test_concepts_have_class_prompts_of_their_own(family: Family, source: Source
 
 def test_with_the_adapter_off_the_base_predicts(family: Family, source: Source, subjects: list[Example]) -> None:
     """What is taught has no loss before the training, and one as soon as the adapter says something else."""
-    adapters.lora(family, Adapter(rank=4), 1e-2, 1e-2, 0)
+    adapters.adapt(family, Adapter(rank=4), 1e-2, 1e-2, 0)
     taught = beside(family, source, replace(DOG, prior_from="base"), subjects)
     data = measured.encoded(family, taught)
     assert data.texts is None

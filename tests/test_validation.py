@@ -37,7 +37,7 @@ def pictures(tmp_path: Path) -> Path:
 
 def prepared(model: Path, pictures: Path, trained: int = 3, dropout: float = 0.0) -> tuple[Family, Encodings]:
     family = families.load(Source(str(model)))
-    adapters.lora(family, Adapter(rank=4, dropout=dropout), 1e-2, None, 0)
+    adapters.adapt(family, Adapter(rank=4, dropout=dropout), 1e-2, None, 0)
     every = read_plain(pictures, "a photo of sks dog")
     return family, measured.encoded(family, every[:trained], held=every[3:])
 

@@ -123,21 +123,12 @@ def test_an_adapter_for_another_family(
     assert draw(tiny_models["sd"], files["sdxl"], tmp_path) == 2
 
 
-@pytest.mark.parametrize(
-    ("how", "advice"), [({"form": "loha"}, "--to-lora RANK`"), ({"layers": "locon", "alphas": "each"}, "")]
-)
-def test_what_diffusers_cannot_load_is_refused_with_what_to_do(
-    how: dict[str, str],
-    advice: str,
-    tiny_models: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_what_diffusers_would_misread_is_refused_with_what_to_do(
+    tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = foreign.write(tiny_models["sd"], tmp_path / "a.safetensors", **how)
+    file = foreign.write(tiny_models["sd"], tmp_path / "a.safetensors", layers="locon", alphas="each")
     assert draw(tiny_models["sd"], file, tmp_path) == 2
-    assert f"finetune convert FILE OUT --format diffusers {advice}".strip() in capsys.readouterr().err.replace(
-        "\n", " "
-    )
+    assert "finetune convert FILE OUT --format diffusers" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_loha_is_tried_by_its_formula(

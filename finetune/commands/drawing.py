@@ -136,8 +136,9 @@ def from_noise(config: Drawing) -> bool:
 def set_scales(family: Family, scales: Sequence[float]) -> None:
     """Strengths of the adapters, in their order."""
     if scales:
-        names = [f"adapter_{number}" for number in range(len(scales))]
-        family.pipeline.set_adapters(names, adapter_weights=list(scales))
+        from finetune import export
+
+        export.set_strengths(family, {f"adapter_{number}": scale for number, scale in enumerate(scales)})
 
 
 def facts(config: Drawing, family: Family) -> dict[str, Any]:

@@ -14,15 +14,16 @@ if TYPE_CHECKING:
     from finetune.export.trained import Loaded, Trained
     from finetune.families import Source
 
-Form = Literal["diffusers", "kohya", "merged", "single-file", "all"]
+Form = Literal["diffusers", "kohya", "peft", "merged", "single-file", "all"]
 FILES = {
     "diffusers": "{}-diffusers.safetensors",
     "kohya": "{}-kohya.safetensors",
+    "peft": "{}-peft.safetensors",
     "merged": "{}-merged",
     "single-file": "{}-single-file.safetensors",
 }
 """What is written for each format, in this order."""
-ADAPTERS = ("diffusers", "kohya")
+ADAPTERS = ("diffusers", "kohya", "peft")
 """Those that hold an adapter alone; the others hold the whole model."""
 
 
@@ -34,6 +35,7 @@ class Config:
     """A run's folder, an adapter file of any format, or a diffusers folder."""
     format: tuple[Form, ...]
     """`kohya`: an adapter for A1111, Forge, ComfyUI, InvokeAI and sd-scripts. `diffusers`: one for diffusers and PEFT.
+    `peft`: LoHa, LoKr, OFT and (IA)3 for PEFT.
     `merged`: the whole model as a diffusers folder. `single-file`: the whole model as one checkpoint for all of them.
     `all`: each that applies."""
     output: Path

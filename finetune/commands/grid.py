@@ -99,6 +99,7 @@ def _draw(
     from rich.console import Console
     from rich.progress import track
 
+    from finetune import export
     from finetune.sampling import sample
 
     groups: dict[Cell, list[Cell]] = {}
@@ -111,7 +112,7 @@ def _draw(
             loaded = (alike.checkpoint, *_model(config, alike.checkpoint))
         _, family, names = loaded
         if names:
-            family.pipeline.set_adapters(names, adapter_weights=[alike.scale] * len(names))
+            export.set_strengths(family, dict.fromkeys(names, alike.scale))
         pictures = sample(
             family,
             [cell.prompt for cell in group],
@@ -145,7 +146,7 @@ def _model(config: Config, checkpoint: str | None) -> tuple[Family, list[str]]:
     else:
         loaded = trained.load(place, place.base())
         assert loaded.family is not None
-        family, names = loaded.family, [NAME] if loaded.carries else []
+        family, names = loaded.family, [NAME] if loaded.adapter is not None else []
     family.pipeline.to(engine.device(), engine.dtype(config.precision))
     family.pipeline.vae.float()
     if "loss" in place.settings:

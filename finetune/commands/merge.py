@@ -83,7 +83,7 @@ def _into_base(config: Config) -> None:
     names = [f"adapter_{number}" for number in range(len(config.adapter))]
     for path, name in zip(config.adapter, names, strict=True):
         export.attach(family, path, name)
-    family.pipeline.set_adapters(names, adapter_weights=list(_scales(config)))
+    export.set_strengths(family, dict(zip(names, _scales(config), strict=True)))
     export.merged(family, config.output, dtype=engine.DTYPES[config.precision or "fp32"])
     print(f"{config.output}: {family.title}, with {len(names)} adapters in its weights; loaded back and compared")
 

@@ -27,7 +27,11 @@ class Kind:
     rank: Callable[[Shapes], int | None]
     """What alpha is divided by; None where a scale of 1 stands whatever alpha says."""
     change: Callable[[Tensors], Tensor]
-    """The change without its scale."""
+    """The change without its scale; of kinds that act on the weight, what acts on it."""
+    act: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Of what acts, and a weight (out, in): the change. None for kinds that need no weight."""
+    sides: Callable[[Shapes], tuple[int | None, int | None]] | None = None
+    """Of kinds that act on the weight: what their tensors tell of its shape."""
 
 
 def halves(t: Tensors) -> tuple[Tensor, Tensor]:
@@ -60,6 +64,35 @@ def lokr(t: Tensors) -> Tensor:
 def difference(t: Tensors) -> Tensor:
     """The change itself."""
     return t["diff"].float().flatten(1)
+
+
+def factors(t: Tensors) -> Tensor:
+    """l - 1, (1, in) or (out, 1), where a weight becomes l W (Liu et al. 2022, 2205.05638, section 3.3)."""
+    row = t["weight"].float().flatten()[None]
+    return row if t["on_input"].item() else row.T
+
+
+def rotation(t: Tensors) -> Tensor:
+    """R - I, (in, in), where a weight becomes W R' (Qiu et al. 2023, 2306.07280): R of blocks (I - S) (I + S)^-1, which
+    are rotations, as S is skew (Cayley)."""
+    vectors = t["oft_R.weight"].float()
+    side = block_side(vectors.shape[1])
+    rows, columns = torch.triu_indices(side, side, 1)
+    half = torch.zeros(len(vectors), side, side)
+    half[:, rows, columns] = vectors.cpu()
+    skew, one = half - half.mT, torch.eye(side).expand_as(half)
+    blocks = torch.linalg.solve(one + skew, one - skew, left=False)
+    return torch.block_diag(*(blocks - one))
+
+
+def block_side(numbers: int) -> int:
+    """Of a skew matrix with so many numbers above its diagonal."""
+    return round((1 + (1 + 8 * numbers) ** 0.5) / 2)
+
+
+def _turned(shapes: Shapes) -> tuple[None, int]:
+    count, numbers = shapes["oft_R.weight"]
+    return None, count * block_side(numbers)
 
 
 def weighed(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
@@ -113,6 +146,10 @@ KINDS = {
         _kronecker_rank,
         lokr,
     ),
+    "ia3": Kind(
+        "(IA)3", _sets("weight on_input"), lambda shapes: None, factors, torch.mul, lambda shapes: (None, None)
+    ),
+    "oft": Kind("OFT", _sets("oft_R.weight"), lambda shapes: None, rotation, lambda turn, w: w @ turn.T, _turned),
     "diff": Kind("whole difference", _sets("diff"), lambda shapes: None, difference),
 }
 """Adding one: a formula above and its line here."""

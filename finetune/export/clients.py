@@ -1,7 +1,9 @@
 """What each program that loads adapters makes of a file's names: a table of rules a program, each rule with its reason.
 
 Measured by loading files through each program's own code: diffusers 0.42, sd-scripts (2026-02), ComfyUI 0.33,
-AUTOMATIC1111 1.10, Forge (2025-06), InvokeAI (2026-08). None of them says of itself all that is said here.
+AUTOMATIC1111 1.10, Forge (2025-06), InvokeAI (2026-08). None of them says of itself all that is said here. That ComfyUI
+and Forge do not know (IA)3 was read in their code: their lists of kinds have no such one (`comfy/weight_adapter`,
+`packages_3rdparty/comfyui_lora_collection/lora.py`).
 """
 
 from __future__ import annotations
@@ -75,13 +77,16 @@ def made_for(content: Content) -> list[str]:
     """The clients that files with such names and kinds are for."""
     if any(module.spelling in PEFT for module in content):
         return ["diffusers"]
+    if any(module.spelling == "tuner" for module in content):
+        return []
     others = ("diffusers", "sd-scripts") if _native(content) else ()
     others = others if content.family.published.translated else ("diffusers", *others)
+    others = (*others, "ComfyUI", "Forge") if FACTORS.hits(content) else others
     return [name for name in content.family.published.clients if name not in others]
 
 
 def _judge(client: str, rules: Sequence[Rule], content: Content) -> Verdict:
-    hits = [(rule, rule.hits(content)) for rule in rules]
+    hits = [(rule, rule.hits(content)) for rule in (TUNED, *rules)]
     findings = [Finding(rule.effect, rule.reason, [module.name for module in hit]) for rule, hit in hits if hit]
     ignored = {name for one in findings if one.effect == "ignores" for name in one.names}
     unmatched = sum(len(module.keys) for module in content if module.name in ignored)
@@ -238,6 +243,8 @@ def _hidden(content: Content) -> list[Module]:
     return list(content.modules) if content.metadata and not right else []
 
 
+TUNED = Rule("refuses", "PEFT's own names, which PEFT alone reads", lambda c: [m for m in c if m.spelling == "tuner"])
+FACTORS = Rule("ignores", "it does not know (IA)3", lambda content: [m for m in content if m.kind == "ia3"])
 ABSENT = Rule("ignores", "no such layer in the model", _unknown)
 BROKEN = Rule("refuses", "a layer's tensors are not whole, or it does not know one of them", _not_whole)
 FLAT = Rule("ignores", "text encoder without `text_model` in its names", _flat)
@@ -285,7 +292,7 @@ CLIENTS: dict[str, tuple[Rule, ...]] = {
         FLAT,
         ABSENT,
     ),
-    "ComfyUI": (BROKEN, *HALF_LOADED, UNPATCHED, FLAT, ABSENT),
+    "ComfyUI": (BROKEN, *HALF_LOADED, UNPATCHED, FACTORS, FLAT, ABSENT),
     "A1111": (
         Rule("ignores", "it knows kohya's names only", _all_of(*PEFT)),
         BROKEN,
@@ -298,7 +305,7 @@ CLIENTS: dict[str, tuple[Rule, ...]] = {
         ABSENT,
         Rule("hides", "the header does not tell this base: ss_base_model_version", _hidden),
     ),
-    "Forge": (BROKEN, *HALF_LOADED, UNPATCHED, FLAT, ABSENT),
+    "Forge": (BROKEN, *HALF_LOADED, UNPATCHED, FACTORS, FLAT, ABSENT),
     "InvokeAI": (
         Rule("refuses", "it knows kohya's names only", _all_of(*PEFT)),
         Rule("refuses", "a text encoder without its number", _unnumbered),

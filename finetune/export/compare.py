@@ -83,6 +83,8 @@ def _gap(one: Layer, other: Layer, dtype: torch.dtype) -> str | None:
     """
     if _same_factors(one, other, dtype):
         return None
+    if KINDS[one.kind].act or KINDS[other.kind].act:
+        return "other factors"
     (mine, bound), (theirs, _) = (_change_and_size(layer) for layer in (one, other))
     if mine.shape != theirs.shape:
         return f"shape {tuple(mine.shape)} and {tuple(theirs.shape)}"

@@ -47,8 +47,13 @@ class Layer:
         return found
 
     @cached_property
-    def extent(self) -> tuple[int, int]:
-        """Shape of the change as a matrix: (out, in * ...). Raises Fault when the tensors do not go together."""
+    def extent(self) -> tuple[int | None, int | None]:
+        """Shape of the change as a matrix: (out, in * ...), None where the tensors do not tell it.
+
+        Raises Fault when they do not go together.
+        """
+        if self._known.sides is not None:
+            return self._known.sides(self.shapes)
         hollow = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
         try:
             rows, columns = self._known.change(hollow).shape
@@ -76,18 +81,38 @@ class Layer:
         return held(self.part, self.path, {name: tensor.clone() for name, tensor in self.tensors().items()}, self.alpha)
 
     def change(self, weight: Tensor | None = None) -> Tensor:
-        """What is added to the layer's weight: (out, in * ...), float32. DoRA's needs the weight itself."""
+        """What is added to the layer's weight: (out, in * ...), float32. Kinds that act on the weight need it."""
         tensors = self.tensors()
         made = self.scale * self._known.change(tensors)
-        if MAGNITUDE not in tensors:
+        if not self.acts:
             return made
         if weight is None:
-            raise Fault(f"{self.name}: DoRA's change depends on the base's weights. Name the base: --model.")
-        return change.weighed(weight, made, tensors[MAGNITUDE])
+            self.require_free()
+            raise AssertionError
+        if self._known.act is not None:
+            made = self._known.act(made.to(weight.device), weight.float().flatten(1))
+        return change.weighed(weight, made, tensors[MAGNITUDE]) if MAGNITUDE in tensors else made
+
+    @property
+    def acts(self) -> bool:
+        """Whether the change depends on the base's weights."""
+        return MAGNITUDE in self.shapes or self._known.act is not None
+
+    def require_free(self) -> None:
+        """Raises Fault where the change depends on the base's weights."""
+        if self.acts:
+            said = f"the change of {self.said} depends on the base's weights. Name the base: --model."
+            raise Fault(f"{self.name}: {said}")
+
+    @property
+    def said(self) -> str:
+        """What it is called, with DoRA."""
+        return "DoRA" if MAGNITUDE in self.shapes else self.title
 
     def entry(self, tensor: str, shape: tuple[int, ...], dtype: torch.dtype | None, times: float = 1.0) -> Entry:
         """One of its tensors to be written: in another shape and precision (default: its own), multiplied."""
-        kept = dtype or self.load(tensor).dtype
+        own = self.load(tensor).dtype
+        kept = dtype if dtype is not None and own.is_floating_point else own
 
         def make() -> Tensor:
             made = self.load(tensor)

@@ -84,12 +84,12 @@ def _adapter(file: File) -> dict[str, Any]:
 
 
 def _norms(adapter: Adapter) -> list[dict[str, Any]]:
-    """Frobenius norm of the change to each block, all of its layers together; none for DoRA, which needs the base."""
+    """Frobenius norm of the change to each block, all of its layers together; none where it needs the base."""
     squares: dict[str, list[float | None]] = {}
     for layer in adapter:
         found = BLOCK.match(layer.path)
         block = layer.part if layer.part.startswith("text") else f"{layer.part}.{found[0] if found else layer.path}"
-        squares.setdefault(block, []).append(None if MAGNITUDE in layer.shapes else _square(layer))
+        squares.setdefault(block, []).append(None if layer.acts else _square(layer))
     return [
         {"block": block, "layers": len(sizes), "norm": None if None in sizes else sum(filter(None, sizes)) ** 0.5}
         for block, sizes in squares.items()

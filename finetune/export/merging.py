@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -115,6 +116,8 @@ def _other_weights(part: str, module: nn.Module, fresh: nn.Module, dtype: torch.
 def _change(layer: Any, leaf: str) -> Tensor:
     """Hu et al. 2021, eq. 3: alpha / rank * B A, summed over the active adapters; of other methods what PEFT says."""
     weight = layer.get_base_layer().weight.detach().cpu()
+    if not isinstance(layer, LoraLayer):
+        return _merge(layer, leaf).detach() - weight.float()
     total = torch.zeros(weight.shape)
     for name in layer.active_adapters:
         if name not in layer.lora_A:

@@ -9,12 +9,14 @@ from typing import Any
 
 from finetune.export import change
 from finetune.export.content import File
-from finetune.export.formats import diffusers, kohya
+from finetune.export.formats import diffusers, kohya, peft
 from finetune.families import Family
 
 ORIGINAL = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks|time_embed_\d|label_emb|out_\d)")
 KOHYA = ("kohya", "original")
 PEFT = ("peft", "script", "oldest")
+TUNED = {peft.FACTORS: "weight"}
+"""What PEFT calls otherwise than LyCORIS"""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Module:
 
     name: str
     spelling: str
-    """kohya; original (kohya's prefix, the original code's path); peft, script, oldest (diffusers' own); unknown"""
+    """kohya; original (kohya's prefix, the original code's path); peft, script, oldest (diffusers' own); tuner (PEFT's
+    of kinds that are no LoRA); unknown"""
     part: str | None = None
     path: str | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -83,13 +86,16 @@ def _spelled(key: str) -> tuple[str, str, str]:
     if found := diffusers.KNOWN.fullmatch(key):
         spelling = "peft" if found["tensor"].startswith(("lora_A", "lora_B", "lora_mag")) else "script"
         return found["layer"], spelling, diffusers.TENSORS[found["tensor"]]
+    if found := peft.KNOWN.fullmatch(key):
+        return found["layer"], "tuner", TUNED.get(found["tensor"], found["tensor"])
     return key, "unknown", ""
 
 
 def _module(file: File, header: Mapping[str, Any], name: str, spelling: str, keys: dict[str, str]) -> Module:
     shapes = {tensor: file.shapes[key] for tensor, key in keys.items()}
     try:
-        part, path = kohya.place(name) if spelling in KOHYA else diffusers.place(next(iter(keys.values())))[:2]
+        reader = peft if spelling == "tuner" else diffusers
+        part, path = kohya.place(name) if spelling in KOHYA else reader.place(next(iter(keys.values())))[:2]
     except KeyError:
         return Module(name, spelling, None, None, keys, shapes)
     alpha = float(file.load(keys["alpha"])) if "alpha" in keys and not shapes["alpha"] else None

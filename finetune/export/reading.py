@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers.utils.state_dict_utils import (
     convert_state_dict_to_diffusers,
@@ -15,6 +15,7 @@ from diffusers.utils.state_dict_utils import (
 )
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from finetune import families, weights
@@ -23,9 +24,14 @@ from finetune.export import naming
 from finetune.families import Family
 from finetune.quiet import quiet
 
+if TYPE_CHECKING:
+    from finetune.export.content import Adapter
+
 LISTED = 10
 """Names in a message before the rest is counted."""
-KINDS = {"lora_A.weight": 1, "lora_B.weight": 0, "lora_B.bias": 0, "lora_magnitude_vector": 0}
+LENGTHS = "lora_magnitude_vector"
+"""DoRA's, in the PEFT layout; in files with `.weight` or without."""
+KINDS = {"lora_A.weight": 1, "lora_B.weight": 0, "lora_B.bias": 0, LENGTHS: 0}
 """A layer's tensors in the PEFT layout, and the axis of the layer's own weight (out, in, ...) that each must fit."""
 NAME = re.compile(rf"(?P<layer>.+)\.(?P<kind>{'|'.join(KINDS)})")
 DIFFUSERS_FAULTS = (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError)
@@ -33,14 +39,19 @@ DIFFUSERS_FAULTS = (ValueError, KeyError, IndexError, TypeError, AttributeError,
 
 
 def attach(family: Family, path: Path, adapter: str) -> None:
-    """Put the adapter of a file on the pipeline, under the given name and active alone.
+    """Put the adapter of a file on the pipeline, under the given name and active alone: through diffusers, or, of kinds
+    that diffusers does not load, into the weights (`in_weights`), beside what else is there.
 
     Raises Fault, and takes it off again, when the file cannot be read, holds a tensor that does not belong to this
     model or that diffusers would ignore, lacks one, or when diffusers makes another change of it than its tensors and
     alphas say (`formats`). The names are listed.
     """
+    from finetune.export import in_weights  # it stands above this file
+
     weights.check_file(path)
     tensors = weights.load_tensors(path)
+    if (foreign := _foreign(family, path)) is not None:
+        return in_weights.put(family, foreign, adapter, path)
     if family.published.joined and any(name.startswith("lora_unet_") for name in tensors):
         return _attach_parted(family, path, adapter)
     promised = _translated(family, path, tensors)
@@ -74,8 +85,25 @@ def _attach_parted(family: Family, path: Path, adapter: str) -> None:
 
 def detach(family: Family, adapter: str) -> None:
     """Take an adapter off again."""
+    from finetune.export import in_weights
+
+    if in_weights.holds(family, adapter):
+        in_weights.remove(family, adapter)
+        return
     with quiet():
         family.pipeline.delete_adapters(adapter)
+
+
+def set_strengths(family: Family, strengths: Mapping[str, float]) -> None:
+    """How strong each adapter is, by its name; those that are live and not named are off."""
+    from finetune.export import in_weights
+
+    inside = {name: strength for name, strength in strengths.items() if in_weights.holds(family, name)}
+    live = [name for name in strengths if name not in inside]
+    if inside:
+        in_weights.set_strengths(family, inside)
+    if live:
+        family.pipeline.set_adapters(live, adapter_weights=[strengths[name] for name in live])
 
 
 def adaptable(family: Family) -> dict[str, nn.Module]:
@@ -83,10 +111,11 @@ def adaptable(family: Family) -> dict[str, nn.Module]:
     return {family.denoiser_name: families.denoiser(family), **families.text_encoders(family)}
 
 
-def layers(module: nn.Module, adapter: str) -> dict[str, LoraLayer]:
+def layers(module: nn.Module, adapter: str) -> dict[str, BaseTunerLayer]:
     """The layers of the module that carry the adapter, by name."""
-    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
-    return {name: layer for name, layer in found.items() if adapter in layer.r}
+    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
+    return {name: layer for name, layer in found.items()
+            if any(adapter in getattr(layer, kept) for kept in layer.adapter_layer_names)}  # fmt: skip
 
 
 def adapter_tensors(family: Family, adapter: str) -> dict[str, Tensor]:
@@ -127,7 +156,6 @@ def _translated(family: Family, path: Path, tensors: Mapping[str, Tensor]) -> di
             known = _to_peft(own, part == family.denoiser_name) if own else {}
             translated |= {f"{part}.{naming.held(module, name)}": tensor for name, tensor in known.items()}
     except DIFFUSERS_FAULTS as error:
-        _explain(path)
         raise Fault(
             f"{path}: not an adapter that diffusers can read ({first_line(error)}). Its tensors:", listed(tensors)
         ) from error
@@ -136,19 +164,18 @@ def _translated(family: Family, path: Path, tensors: Mapping[str, Tensor]) -> di
             f"{path}: diffusers would read {read} of its {len(weighty)} tensors and ignore the rest. Its tensors:",
             listed(tensors),
         )
-    return {**translated, **state}
+    return {name.replace(f"{LENGTHS}.weight", LENGTHS): tensor for name, tensor in {**translated, **state}.items()}
 
 
-def _explain(path: Path) -> None:
-    """Raises the Fault that says why diffusers reads no such file, where it is one of the reasons known."""
+def _foreign(family: Family, path: Path) -> Adapter | None:
+    """What the file holds, where that is a whole adapter of kinds that diffusers does not load."""
     from finetune.export import formats
 
-    layers = formats.read(path).layers
-    if native := sorted({layer.title for layer in layers if layer.kind != "lora" or "lora_mid.weight" in layer.shapes}):
-        raise Fault(
-            f"{path}: its layers are {', '.join(native)}, where diffusers loads plain LoRA on these models. "
-            "`finetune convert FILE OUT --format diffusers --to-lora RANK` makes one of it."
-        )
+    try:
+        adapter = formats.read(path)
+    except Fault:
+        return None  # what follows says why
+    return adapter if formats.refused(adapter, "diffusers", type(family)) is not None else None
 
 
 def _require_same(family: Family, path: Path, adapter: str) -> None:
@@ -183,7 +210,7 @@ def _require_fitting(family: Family, path: Path, promised: Mapping[str, Tensor])
         weight = _weight(family, match["layer"]) if match else None
         if match is None or weight is None:
             wrong.append(f"{name}: this model has no such layer")
-        elif tensor.shape[min(KINDS[match["kind"]], tensor.ndim - 1)] != weight.shape[KINDS[match["kind"]]]:
+        elif _side(tensor, match["kind"]) != weight.shape[KINDS[match["kind"]]]:
             wrong.append(f"{name}: {tuple(tensor.shape)} does not fit the layer's weight {tuple(weight.shape)}")
         else:
             pair = {f"{match['layer']}.lora_A.weight", f"{match['layer']}.lora_B.weight"}
@@ -196,6 +223,11 @@ def _require_fitting(family: Family, path: Path, promised: Mapping[str, Tensor])
         )
     if lacking:
         raise Fault(f"{path}: tensors are missing, the adapter is not whole:", listed(set(lacking)))
+
+
+def _side(tensor: Tensor, kind: str) -> int:
+    """What must fit the axis of the layer's weight. (Of DoRA's lengths there is one a row, in any shape.)"""
+    return tensor.numel() if tensor.ndim < 2 or kind == LENGTHS else tensor.shape[KINDS[kind]]
 
 
 def _weight(family: Family, name: str) -> Tensor | None:

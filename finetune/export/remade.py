@@ -16,7 +16,7 @@ from torch import Tensor
 from finetune.errors import Failure, Fault
 from finetune.export import lowrank
 from finetune.export.base_weights import BaseWeights
-from finetune.export.change import KINDS, MAGNITUDE, halves
+from finetune.export.change import MAGNITUDE, halves
 from finetune.export.compare import ROUNDING
 from finetune.export.content import Adapter, Layer
 from finetune.export.lowrank import Decomposed, Factors
@@ -161,13 +161,14 @@ def summed(terms: Sequence[tuple[Layer, float]], base: BaseWeights | None) -> Wa
     Raises Fault when they do not fit each other or the base, or when one cannot be known without the base.
     """
     first = terms[0][0]
+    if base is None:
+        for layer, _ in terms:
+            layer.require_free()
     shapes = {_weight_shape(layer, base) for layer, _ in terms}
     if len(shapes) > 1:
         said = " and ".join(str(shape) for shape in sorted(shapes))
         raise Fault(f"{first.name}: the adapters are for layers of other shapes, {said}: for different models.")
     low = all(plain(layer) for layer, _ in terms)
-    if not low and base is None and any(MAGNITUDE in layer.shapes for layer, _ in terms):
-        raise Fault(f"{first.name}: DoRA's change depends on the base's weights. Name the base: --model.")
 
     def product() -> Factors:
         return lowrank.joined((times * up, down) for layer, times in terms for up, down in [lora_factors(layer)])
@@ -200,18 +201,14 @@ def lora_factors(layer: Layer) -> Factors:
 
 def _weight_shape(layer: Layer, base: BaseWeights | None) -> tuple[int, ...]:
     """Of the weight that the layer changes: from the base, else from its tensors."""
-    empty = {name: torch.empty(shape, device="meta") for name, shape in layer.shapes.items()}
-    try:
-        out, inside = KINDS[layer.kind].change(empty).shape
-    except RuntimeError as error:
-        shapes = ", ".join(f"{name} {shape}" for name, shape in layer.shapes.items())
-        raise Fault(f"{layer.name}: its tensors do not fit each other: {shapes}.") from error
+    out, inside = layer.extent
     if base is not None:
         shape = base.shapes.get(f"{layer.name}.weight")
-        if shape is None or (shape[0], math.prod(shape[1:])) != (out, inside):
+        if shape is None or out not in (None, shape[0]) or inside not in (None, math.prod(shape[1:])):
             told = "it has no such layer" if shape is None else f"there its weight is {shape}"
             raise Fault(f"{layer.name}: a change of ({out}, {inside}) does not fit {base.title}: {told}.")
         return shape
+    assert out is not None and inside is not None  # as of all kinds that need no base
     kernel = next((layer.shapes[name][2:] for name in KERNELS if len(layer.shapes.get(name, ())) == 4), None)
     if kernel is None and layer.kind not in ("lora", "diff") and CONVOLUTION.fullmatch(layer.path):
         raise Fault(f"{layer.name}: its {layer.title} does not tell the kernel's shape. Name the base: --model.")

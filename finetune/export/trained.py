@@ -14,11 +14,11 @@ from torch import nn
 from finetune import adapters, checkpoints, config, families, ledger, optim
 from finetune.adapters import NAME
 from finetune.errors import Failure, Fault
-from finetune.export import formats, metadata, naming
+from finetune.export import formats, in_weights, metadata
 from finetune.export.carried import carried
 from finetune.export.compare import coarsest, other_changes
 from finetune.export.content import Adapter
-from finetune.export.reading import adaptable, attach, listed
+from finetune.export.reading import attach, listed
 from finetune.families import Family, Source
 from finetune.keeping import best_step
 from finetune.loop import named
@@ -146,7 +146,7 @@ def put_on(family: Family, adapter: Adapter, path: Path) -> bool:
     Says which. `path`: what to call it in messages. Raises Fault when it is not of this base.
     """
     if formats.refused(adapter, "diffusers", type(family)) is not None:
-        _add(family, adapter, path)
+        in_weights.put(family, adapter, NAME, path)
         return False
     with tempfile.TemporaryDirectory() as folder:  # diffusers takes one alpha of a kohya file for all layers
         file = Path(folder) / "adapter.safetensors"
@@ -158,22 +158,6 @@ def put_on(family: Family, adapter: Adapter, path: Path) -> bool:
     if wrong := other_changes(adapter, carried(family, NAME), coarsest(adapter.dtypes())):
         raise Failure(f"{path}: diffusers does not load it as it is:", listed(wrong))
     return True
-
-
-def _add(family: Family, adapter: Adapter, path: Path) -> None:
-    """W + dW by the formulas of `finetune.export.change`, for good."""
-    parts, wrong = adaptable(family), []
-    for layer in adapter:
-        try:
-            module: Any = parts[layer.part].get_submodule(naming.held(parts[layer.part], layer.path))
-            weight = module.weight.data
-            module.weight.data = weight + layer.change(weight).reshape(weight.shape)
-        except (KeyError, AttributeError):
-            wrong.append(f"{layer.name}: this model has no such layer")
-        except RuntimeError:
-            wrong.append(f"{layer.name}: does not fit the layer's weight {tuple(weight.shape)}")
-    if wrong:
-        raise Fault(f"{path}: {len(wrong)} of its layers do not belong to this {family.title} model.", listed(wrong))
 
 
 def _checkpoint(run: Path, step: str) -> Path:
@@ -204,9 +188,11 @@ def become(family: Family, path: Path, state: Mapping[str, Any] | None = None) -
     """
     state = state or checkpoints.load(path).state
     training, how = state["training"], Optim(**state["settings"]["optim"])
-    groups = adapters.groups(family, how.lr, how.text_encoder_lr)
+    plus = state["settings"].get("adapter", {}).get("lora_plus_ratio", 1.0)
+    groups = adapters.groups(family, how.lr, how.text_encoder_lr, plus)
     average = training["average"]["average"] if training["average"] else None
     _put_back(path, named(family, groups), average or training["parameters"])
+    _put_back(path, adapters.beside(family), training.get("beside", {}))
     if how.optimizer == "schedulefree":  # it trains at other points than those to use, and knows them
         optimizer = optim.optimizer(groups, how, torch.device("cpu"))
         optimizer.load_state_dict(training["optimizer"])
@@ -221,9 +207,9 @@ def _load_state(trained: Trained, path: Path, source: Source | None) -> Loaded:
     how = Optim(**settings["optim"])
     rates = how.lr, how.text_encoder_lr
     if trained.adapts:
-        adapters.lora(family, AdapterSettings(**settings["adapter"]), *rates, seed=0)
+        adapters.adapt(family, AdapterSettings(**settings["adapter"]), *rates, seed=0)
     else:
-        adapters.full(family, *rates)
+        adapters.full(family, *rates, parts=settings.get("full", {}).get("parts", ()))
     become(family, path, state)
     adapter = carried(family, NAME) if trained.adapts else None
     return Loaded(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune import families
 from finetune.errors import Fault
-from finetune.export import clients, formats, hashes, named, naming
+from finetune.export import clients, formats, hashes, in_weights, named
 from finetune.export.clients import Verdict
 from finetune.export.compare import REROUNDED, coarsest, difference, encoding, prediction
 from finetune.export.content import Adapter, File, Layer
@@ -23,7 +23,6 @@ from finetune.families import Family
 from finetune.families.base import skeleton
 
 LOADED = "verified"
-ABSENT = "the model has no such layer"
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ def verify(path: Path, base: Family | None = None) -> Report:
     adapter, whole = _read(file, modules)
     family = type(base) if base else formats.known_family(adapter)
     expected, unknown = _expected(adapter, family, base)
-    unfit = dict(_unfit(adapter, expected)) if expected else {}
-    absent = frozenset(name for name, line in unfit.items() if line == ABSENT)
+    unfit = dict(in_weights.unfit(adapter, expected)) if expected else {}
+    absent = frozenset(name for name, line in unfit.items() if line == in_weights.ABSENT)
     content = Content(modules, family, file.metadata, absent)
     checks = [
         whole,
@@ -143,29 +142,10 @@ def _expected(adapter: Adapter, family: type[Family], base: Family | None) -> tu
     And why there are none.
     """
     if base is not None:
-        return _weights(adaptable(base)), None
+        return in_weights.changeable(adaptable(base)), None
     if formats.text_width(adapter) not in family.published.widths:
         return {}, "by its widths it is for no published base. Name the base: --model"
-    return _weights(skeleton(family.published, formats.edition(adapter, family))), None
-
-
-def _weights(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The weights that a layer can change, by its name: "unet.mid_block.attentions.0.proj_in"."""
-    return {
-        f"{part}.{naming.written(module, name)}": weight
-        for part, module in parts.items()
-        for name, child in module.named_modules()
-        if isinstance(weight := getattr(child, "weight", None), Tensor) and weight.ndim >= 2
-    }
-
-
-def _unfit(adapter: Adapter, expected: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    for layer in adapter:
-        weight = expected.get(layer.name)
-        if weight is None:
-            yield layer.name, ABSENT
-        elif layer.extent != (shape := tuple(weight.flatten(1).shape)):
-            yield layer.name, f"its change is of shape {layer.extent}, the model's weight of {shape}"
+    return in_weights.changeable(skeleton(family.published, formats.edition(adapter, family))), None
 
 
 def _told(adapter: Adapter, family: type[Family], base: Family | None) -> Check:
@@ -196,7 +176,7 @@ def _hashes(path: Path) -> Check:
 def _with_base(path: Path, adapter: Adapter, content: Content, base: Family) -> Iterator[Check]:
     """The file on the base, through diffusers and by the formulas of `change`: both say the same."""
     title = "on the base diffusers makes of it what its tensors say"
-    with _changed(base, adapter) as _:
+    with in_weights.changed(base, adapter):
         by_formula = _answers(base, adapter)
     if "diffusers" not in clients.made_for(content):
         finite = all(answer.isfinite().all() for answer in by_formula.values())
@@ -225,19 +205,3 @@ def _answers(base: Family, adapter: Adapter) -> dict[str, Tensor]:
     if set(adapter.parts) & set(base.text_encoder_names):
         answers["text encoding"] = encoding(base)
     return answers
-
-
-@contextmanager
-def _changed(base: Family, adapter: Adapter) -> Iterator[None]:
-    """Inside, the base's weights are changed as the adapter's formulas say; afterwards they are as before."""
-    weights, kept = _weights(adaptable(base)), {}
-    try:
-        for layer in adapter:
-            weight: Any = weights[layer.name]
-            kept[layer.name] = weight.data
-            change = layer.change(weight.data.cpu()).reshape(weight.shape)
-            weight.data = (weight.data.float() + change.to(weight.device)).to(weight.dtype)
-        yield
-    finally:
-        for name, data in kept.items():
-            weights[name].data = data

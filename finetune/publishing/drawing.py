@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from finetune import sampling
+from finetune import export, sampling
 from finetune.families import Family
 from finetune.pictures import grid, save_png
 from finetune.publishing.release import Drawn
@@ -39,7 +39,7 @@ class Brush:
 
     def draw(self, prompt: str, seed: int, strength: float = 1.0) -> Image:
         if self.adapter is not None:
-            self.family.pipeline.set_adapters([ADAPTER], adapter_weights=[strength])
+            export.set_strengths(self.family, {ADAPTER: strength})
         [picture] = sampling.sample(
             self.family, [prompt], [seed], steps=self.steps, guidance=self.guidance, size=self.size
         )

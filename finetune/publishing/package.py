@@ -162,6 +162,9 @@ def _adapter_files(folder: Path, wish: Wish, facts: Facts, family: Family) -> di
     assert facts.adapter is not None
     adapter, dtype = formats.read(facts.adapter), engine.DTYPES[wish.dtype]
     kept = {f"{wish.name}.safetensors": "kohya", DIFFUSERS: "diffusers"}
+    for form in kept.values():
+        if reason := formats.refused(adapter, form, type(family)):
+            raise reason
     for name, form in kept.items():
         export.convert(adapter, folder / name, form, metadata=adapter.metadata, dtype=dtype, family=type(family))
         export.attach(family, folder / name, ADAPTER if form == "diffusers" else form)

@@ -14,7 +14,7 @@ import pytest
 
 from finetune import families
 from finetune.errors import Fault
-from finetune.export import attach, clients, named
+from finetune.export import attach, clients, in_weights, named
 from finetune.export.content import File
 from finetune.export.reading import detach
 from finetune.families import Family, Source
@@ -123,5 +123,10 @@ def refusal(family: Family, file: Path) -> Fault | None:
         attach(family, file, "tried")
     except Fault as fault:
         return fault
+    inside = in_weights.holds(family, "tried")
     detach(family, "tried")
+    if inside:  # it was not asked: ask it
+        with pytest.raises(ValueError) as error:
+            family.pipeline.load_lora_weights(file.parent, weight_name=file.name)
+        return Fault(str(error.value))
     return None

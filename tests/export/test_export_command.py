@@ -78,6 +78,7 @@ def written(folder: Path, name: str) -> dict[str, Path]:
     files = {
         "diffusers": f"{name}-diffusers.safetensors",
         "kohya": f"{name}-kohya.safetensors",
+        "peft": f"{name}-peft.safetensors",
         "merged": f"{name}-merged",
         "single-file": f"{name}-single-file.safetensors",
     }
@@ -210,7 +211,7 @@ def test_kinds_that_diffusers_does_not_load_are_merged_all_the_same(
     run(tmp_path / "loha.safetensors", "--format", "all", *asked)
     assert "diffusers: not written:" in capsys.readouterr().out
     files = written(tmp_path / "out", "loha")
-    assert list(files) == ["kohya", "merged", "single-file"]
+    assert list(files) == ["kohya", "peft", "merged", "single-file"]
     w1, w2 = (halves[f"hada_w{n}_a"] @ halves[f"hada_w{n}_b"] for n in (1, 2))
     merged = load_file(files["merged"] / "unet" / "diffusion_pytorch_model.safetensors")[f"{path}.weight"]
     assert torch.allclose(merged, layer.weight + 0.5 * w1 * w2, atol=1e-6)

@@ -22,12 +22,17 @@ from finetune import batches, cli
 
 STEPS = 5
 SIZES = [(64, 64), (128, 64), (70, 64), (64, 100), (64, 64)]
+METHODS = [
+    *("--method lora --rank 4 --init olora", "--method dora", "--method loha", "--method lokr"),
+    *("--method oft --rank 4", "--method ia3"),
+]
 RATES = {"adamw": "1e-2", "adamw8bit": "1e-2", "prodigy": "1", "schedulefree": "1e-2"}
 
 
 @dataclass(frozen=True)
 class Case:
     recipe: str
+    """And its method"""
     optimizer: str
     pictures: int
     batch: int
@@ -46,7 +51,8 @@ class Case:
         }  # fmt: skip
         words = [str(word) for pair in told.items() for word in pair]
         words += ["--class-prompt", "a dog", "--class-images", "2", "--class-steps", "1"] if self.prior else []
-        words += ["--no-prior"] * (not self.prior) + ["--dropout", "0.3"] * (self.recipe == "lora")
+        drops = self.recipe.startswith("lora") and "ia3" not in self.recipe
+        words += ["--no-prior"] * (not self.prior) + ["--dropout", "0.3"] * drops
         return words + ["--schedule", "cosine"] * (self.optimizer != "schedulefree")
 
 
@@ -106,7 +112,7 @@ def told(run: Path) -> tuple[dict[str, bytes], list[tuple[int, float, float, flo
 def require_the_same(case: Case, model: Path, root: Path) -> None:
     whole, stopped = root / "whole", root / "stopped"
     draw_pictures(root / "pictures", case.pictures)
-    words = ["train", case.recipe, *given_words(model, root / "pictures"), *case.words]
+    words = ["train", *case.recipe.split(), *given_words(model, root / "pictures"), *case.words]
     cli.main([*words, "--output", str(whole)])
     words += ["--output", str(stopped)]
     for step, part in case.stops:
@@ -138,6 +144,14 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(
     case: Case, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     require_the_same(case, tiny_models["sd"], tmp_path_factory.mktemp("case"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_stopped_and_resumed_is_the_same_to_the_bit(
+    method: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    case = Case(f"lora {method}", "adamw", 2, 1, 1, [(2, 0)], False, 1, 2)
+    require_the_same(case, tiny_models["sd"], tmp_path)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from finetune.errors import Fault
 from finetune.export import hashes, stream
 from finetune.export import metadata as headers
 from finetune.export.content import Adapter, File, Layer
-from finetune.export.formats import diffusers, kohya
+from finetune.export.formats import diffusers, kohya, peft
 from finetune.export.stream import Entry
 from finetune.families import Family
 from finetune.families.base import Edition
@@ -37,6 +37,7 @@ FORMATS = {
     for name, title, module in (
         ("diffusers", "diffusers and PEFT", diffusers),
         ("kohya", "A1111, ComfyUI, Forge, InvokeAI, sd-scripts, diffusers", kohya),
+        ("peft", "PEFT", peft),
     )
 }
 
@@ -93,6 +94,17 @@ def text_width(adapter: Adapter) -> int | None:
     """Width of the text that the adapter's denoiser attends to, where it has such a layer."""
     found = (layer.extent[1] for layer in adapter if layer.path.endswith(("attn2.to_k", "attn2.to_v")))
     return next(found, None)
+
+
+def first(adapter: Adapter, family: type[Family]) -> str:
+    """The first format that has a place for the adapter. Raises Fault where none has."""
+    reasons = {name: refused(adapter, name, family) for name in FORMATS}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    raise Fault(
+        "no format has a place for the adapter:", [f"{name}: {why.message}" for name, why in reasons.items() if why]
+    )
 
 
 def refused(adapter: Adapter, name: str, family: type[Family]) -> Fault | None:

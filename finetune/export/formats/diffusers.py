@@ -22,10 +22,14 @@ from finetune.families import Family
 
 HEADER = "lora_adapter_metadata"
 """The header's key: the fields of PEFT's LoraConfig as JSON, each with its part before it ("unet.r")."""
-OURS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
+OURS = {
+    "lora_down.weight": "lora_A.weight",
+    "lora_up.weight": "lora_B.weight",
+    MAGNITUDE: "lora_magnitude_vector.weight",  # without `.weight` transformers 5 leaves it out of text encoders
+}
 TENSORS = {
     **{new: old for old, new in OURS.items()},
-    "lora_magnitude_vector.weight": MAGNITUDE,
+    "lora_magnitude_vector": MAGNITUDE,
     **{f"{middle}.{way}.weight": f"lora_{way}.weight"
        for middle in ("lora", "lora_linear_layer") for way in ("down", "up")},
 }  # fmt: skip
@@ -118,12 +122,17 @@ def place(key: str) -> tuple[str, str, str]:
         name, tensor = f"{found['layer']}.{own}", f"lora_{found['way']}.weight"
     else:
         raise KeyError(key)
+    return *parted(name), tensor
+
+
+def parted(name: str) -> tuple[str, str]:
+    """Part and path of a layer's name."""
     part, _, path = name.partition(".")
     if part not in PARTS:
         part, path = "unet", name
     if part.startswith("text_encoder") and not path.startswith((LEVEL, "text_projection")):
         path = LEVEL + path
-    return part, path, tensor
+    return part, path
 
 
 def fields(file: File) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from finetune import families
 from finetune.errors import Fault
+from finetune.export.change import KINDS
 from finetune.export.content import Adapter, File, Layer
 from finetune.export.naming import LEVEL
 from finetune.export.stream import Entry
@@ -72,6 +73,12 @@ def entries(adapter: Adapter, family: type[Family], dtype: torch.dtype | None) -
     """The file's tensors: one alpha in it, as diffusers takes one for all; where a layer's scale is another, its
     weights are multiplied."""
     common, made = _common_alpha(adapter), dict[str, Entry]()
+    if turned := [layer for layer in adapter if layer.kind == "oft"]:
+        raise Fault(
+            f"{turned[0].name}: PEFT's OFT turns what goes into a layer, LyCORIS's what comes out: no name here means "
+            "it. Take the format peft, a whole model, or the nearest LoRA: `finetune convert FILE OUT --to-lora "
+            "RANK --model BASE`."
+        )
     for name, places in _joint(adapter, family).items():
         if len(shares := _shares(name, family)) > 1:
             made |= _joined(name, places, shares, common, dtype)
@@ -83,7 +90,8 @@ def entries(adapter: Adapter, family: type[Family], dtype: torch.dtype | None) -
         for tensor, shape in layer.shapes.items():
             times = factor if tensor == folded else 1.0
             made[f"{name}.{tensor}"] = layer.entry(tensor, shape, dtype, times)
-        made[f"{name}.alpha"] = Entry((), torch.float32, lambda: torch.tensor(common))
+        if KINDS[layer.kind].act is None:
+            made[f"{name}.alpha"] = Entry((), torch.float32, lambda: torch.tensor(common))
     return made
 
 

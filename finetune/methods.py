@@ -1,0 +1,177 @@
+"""The methods by which an adapter is trained: a table, an entry each. PEFT knows how, the family where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
+from torch import Tensor, nn
+
+from finetune.errors import Fault
+from finetune.settings import Adapter
+
+Patterns = Sequence[tuple[str, float]]
+"""Parts of paths, and what is set for the layers that have them; the last one that fits counts."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer that is to be adapted."""
+
+    module: nn.Module
+    rank: int
+    alpha: float
+
+
+Places = Mapping[str, Place]
+"""By the layers' paths in their part of the pipeline"""
+
+
+@dataclass(frozen=True)
+class Method:
+    title: str
+    config: Callable[[Adapter, Places], PeftConfig]
+    heeds: frozenset[str]
+    """The settings that it knows besides rank and alpha. Another one is refused where it is not at its default."""
+
+
+def check(adapter: Adapter) -> None:
+    """Refuse what cannot be, and what does not go together. Needs no model."""
+    method = METHODS[adapter.method]
+    for name, value in (("rank", adapter.rank), ("conv-rank", adapter.conv_rank)):
+        if value is not None and value < 1:
+            raise Fault(f"{name} {value}: an adapter's rank is at least 1; 4 to 64 is usual.")
+    if not 0 <= adapter.dropout < 1:
+        raise Fault(f"--dropout {adapter.dropout:g}: a share, from 0 to less than 1; 0.1 is usual.")
+    if adapter.lora_plus_ratio <= 0:
+        raise Fault(f"--lora-plus-ratio {adapter.lora_plus_ratio:g}: more than 0; 1 is plain LoRA, 16 is usual.")
+    if wrong := [one for one, rank in ranks(adapter) if rank != int(rank) or rank < 1]:
+        raise Fault(f"--rank-pattern {wrong[0]}: a rank is a whole number, at least 1.")
+    if adapter.factor == 0 or adapter.factor < -1:
+        raise Fault(f"--factor {adapter.factor}: -1, or a number of parts, from 2; 4 to 16 is usual.")
+    alphas(adapter)
+    for field in fields(Adapter):
+        set_here = getattr(adapter, field.name) != field.default
+        if set_here and field.name not in method.heeds | {"method", "rank", "alpha"}:
+            fitting = ", ".join(name for name, other in METHODS.items() if field.name in other.heeds)
+            flag = f"--{field.name.replace('_', '-')}"
+            raise Fault(
+                f"--method {adapter.method} {flag}: {method.title} has no such thing. Methods that do: {fitting}."
+            )
+
+
+def places(module: nn.Module, adapter: Adapter, ends: Sequence[str], convolutions: bool) -> dict[str, Place]:
+    """The layers whose paths end so and, where they are wanted, the convolutions inside the module's blocks."""
+    found = {}
+    for path, layer in module.named_modules():
+        spatial = convolutions and isinstance(layer, nn.Conv2d) and "." in path
+        if f".{path}".endswith(tuple(f".{end}" for end in ends)) or spatial:
+            usual = adapter.conv_rank if spatial and adapter.conv_rank is not None else adapter.rank
+            rank = int(_last(ranks(adapter), path, usual))
+            scale = 1.0 if adapter.alpha is None else adapter.alpha / adapter.rank
+            found[path] = Place(layer, rank, _last(alphas(adapter), path, scale * rank))
+    return found
+
+
+def ranks(adapter: Adapter) -> Patterns:
+    return _patterns("rank-pattern", adapter.rank_pattern)
+
+
+def alphas(adapter: Adapter) -> Patterns:
+    return _patterns("alpha-pattern", adapter.alpha_pattern)
+
+
+def fits(part: str, path: str) -> bool:
+    """Whether a layer's path has such a part: whole names, one or several."""
+    return f".{part}." in f".{path}."
+
+
+def pissa(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B (out, r) and A (r, in) of the largest singular values: U sqrt(S), sqrt(S) V' (Meng et al. 2024, eq. 2, 3)."""
+    u, s, v = torch.linalg.svd(weight.float().flatten(1), full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * v[:rank]
+
+
+def olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B (out, r) and A (r, in) of the QR decomposition: the first columns of Q, the first rows of R."""
+    q, r = torch.linalg.qr(weight.float().flatten(1))
+    return q[:, :rank], r[:rank]
+
+
+INITIAL = {"pissa": pissa, "olora": olora}
+"""What `--init` begins with. (PEFT takes it out of the base's own weights, which then are no more what the file is for,
+nor what prior preservation asks.)"""
+
+
+def _patterns(flag: str, given: Sequence[str]) -> list[tuple[str, float]]:
+    found = []
+    for one in given:
+        part, _, value = one.partition("=")
+        try:
+            found.append((part, float(value)))
+        except ValueError:
+            part = ""
+        if not part:
+            raise Fault(f"--{flag} {one}: say a part of the layers' paths and a number, e.g. attn2=32.")
+    return found
+
+
+def _last(patterns: Patterns, path: str, usual: float) -> float:
+    return next((value for part, value in reversed(patterns) if fits(part, path)), usual)
+
+
+def _low_rank(adapter: Adapter, places: Places, alpha: str) -> dict[str, Any]:
+    """What PEFT is told of ranks and alphas: one for all, and those that differ, by the layers' whole paths."""
+    usual = adapter.rank if adapter.alpha is None else adapter.alpha
+    return {
+        "r": adapter.rank,
+        alpha: usual,
+        "target_modules": list(places),
+        "rank_pattern": {re.escape(path): one.rank for path, one in places.items() if one.rank != adapter.rank},
+        "alpha_pattern": {re.escape(path): one.alpha for path, one in places.items() if one.alpha != usual},
+    }
+
+
+def _lora(adapter: Adapter, places: Places, dora: bool = False) -> PeftConfig:
+    thin = _low_rank(adapter, places, "lora_alpha")
+    return LoraConfig(lora_dropout=adapter.dropout, use_rslora=adapter.rslora, use_dora=dora, **thin)
+
+
+def _loha(adapter: Adapter, places: Places) -> PeftConfig:
+    return LoHaConfig(rank_dropout=adapter.dropout, **_low_rank(adapter, places, "alpha"))
+
+
+def _lokr(adapter: Adapter, places: Places) -> PeftConfig:
+    thin = _low_rank(adapter, places, "alpha")
+    return LoKrConfig(rank_dropout=adapter.dropout, decompose_factor=adapter.factor, **thin)
+
+
+def _ia3(adapter: Adapter, places: Places) -> PeftConfig:
+    """Rows, or the columns where there is a bias, which would be multiplied too: no file has a place for that."""
+    biased = [path for path, place in places.items() if getattr(place.module, "bias", None) is not None]
+    return IA3Config(target_modules=list(places), feedforward_modules=biased)
+
+
+def _oft(adapter: Adapter, places: Places) -> PeftConfig:
+    """With Cayley's own formula: PEFT's series for it stops after five terms, and turns no more than about."""
+    blocks = {"r": 0, "oft_block_size": adapter.rank, "use_cayley_neumann": False}
+    return OFTConfig(module_dropout=adapter.dropout, target_modules=list(places), **blocks)
+
+
+RANKS = frozenset({"rank_pattern", "alpha_pattern", "conv_rank", "dropout"})
+METHODS = {
+    "lora": Method("LoRA", _lora, RANKS | {"rslora", "init", "lora_plus_ratio"}),
+    "dora": Method("DoRA", partial(_lora, dora=True), RANKS | {"rslora", "lora_plus_ratio"}),
+    "loha": Method("LoHa", _loha, RANKS),
+    "lokr": Method("LoKr", _lokr, RANKS | {"factor"}),
+    "oft": Method("OFT", _oft, frozenset({"dropout"})),
+    "ia3": Method("(IA)3", _ia3, frozenset()),
+}
+"""Adding one: its line here and in `settings.Method`; how its layers are read in `finetune.export.carried`; if no other
+writes changes down so, a formula in `finetune.export.change`."""
