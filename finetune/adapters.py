@@ -146,18 +146,19 @@ def off(family: Family) -> Iterator[None]:
 
 
 PARTS = {
-    "attention": r"\.attn\d*\.",
-    "self-attention": r"\.attn1\.",
-    "cross-attention": r"\.attn2\.",
-    "kv": r"\.attn2\.to_[kv]\.",
-    "feed-forward": r"\.ff(_context)?\.",
-    "norm": r"(^|[._])norm",
-    "conv": r"(^|\.)conv|\.(proj_in|proj_out|conv_shortcut)\.",
+    "attention": r"\.(attn\d*|attention)\.",
+    "self-attention": r"\.attentions\..*\.attn1\.",
+    "cross-attention": r"\.attentions\..*\.attn2\.",
+    "kv": r"\.attentions\..*\.attn2\.to_[kv]\.",
+    "feed-forward": r"\.(ff|ff_context|feed_forward|proj_mlp)\.",
+    "norm": r"(^|[._])norm[^.]*\.(weight|bias)$",
+    "conv": r"(^|\.)conv|\.attentions\.\d+\.proj_(in|out)\.",
     "down": r"^down_blocks\.",
     "mid": r"^mid_block\.",
     "up": r"^up_blocks\.",
 }
-"""Parts of a denoiser, by what stands in the names of their weights"""
+"""Parts of a denoiser, by what stands in the names of their weights. (Transformers attend to picture and text at once;
+SD 3.5's `attn2` is none that attends to the text.)"""
 
 
 def full(
@@ -180,9 +181,11 @@ def full(
 def _chosen(module: nn.Module, parts: Sequence[str]) -> list[nn.Parameter]:
     """The parameters of any of the parts; without parts all."""
     named = dict(module.named_parameters())
-    for part in parts:
-        if not any(re.search(PARTS[part], name) for name in named):
-            raise Fault(f"--parts {part}: this model's {type(module).__name__} has none. Known: {', '.join(PARTS)}.")
+    there = [part for part, spelling in PARTS.items() if any(re.search(spelling, name) for name in named)]
+    if missing := [part for part in parts if part not in there]:
+        raise Fault(
+            f"--parts {missing[0]}: this model's {type(module).__name__} has no such part. It has: {', '.join(there)}."
+        )
     return [p for name, p in named.items() if not parts or any(re.search(PARTS[part], name) for part in parts)]
 
 
@@ -197,8 +200,10 @@ def _rates(family: Family, lr: float, text_encoder_lr: float | None) -> dict[str
 
 
 def groups(family: Family, lr: float, text_encoder_lr: float | None, plus: float = 1.0) -> list[Group]:
-    """What trains of a family that was prepared by one of these: a group for each part; with LoRA+ one more each,
-    of the matrices B at `plus` times the rate.
+    """What trains of a family that was prepared by one of these: a group for each part.
+
+    `plus`: that of LoRA+; with another one than 1 there is one more group each, of the matrices B at so many times the
+    rate.
     """
     made = []
     for part, rate in _rates(family, lr, text_encoder_lr).items():

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from finetune.errors import Fault
 from finetune.settings import Adapter
 
+BLOCK = re.compile(r"blocks?\.")
+"""In the path of what is inside a denoiser's blocks. (The patches of a transformer are cut by a convolution too.)"""
 Patterns = Sequence[tuple[str, float]]
 """Parts of paths, and what is set for the layers that have them; the last one that fits counts."""
 
@@ -69,7 +71,7 @@ def places(module: nn.Module, adapter: Adapter, ends: Sequence[str], convolution
     """The layers whose paths end so and, where they are wanted, the convolutions inside the module's blocks."""
     found = {}
     for path, layer in module.named_modules():
-        spatial = convolutions and isinstance(layer, nn.Conv2d) and "." in path
+        spatial = convolutions and isinstance(layer, nn.Conv2d) and BLOCK.search(path) is not None
         if f".{path}".endswith(tuple(f".{end}" for end in ends)) or spatial:
             usual = adapter.conv_rank if spatial and adapter.conv_rank is not None else adapter.rank
             rank = int(_last(ranks(adapter), path, usual))

@@ -154,8 +154,24 @@ def prediction_with_gradient(family: Family) -> torch.Tensor:
 def test_a_part_that_is_not_there_is_refused(tiny_models: dict[str, Path]) -> None:
     family = families.load(Source(str(tiny_models["sd"])))
     del family.pipeline.unet.mid_block
-    with pytest.raises(Fault, match="--parts mid: this model's UNet2DConditionModel has none"):
+    with pytest.raises(Fault, match="--parts mid: this model's UNet2DConditionModel has no such part"):
         adapters.full(family, 1e-3, None, parts=("mid",))
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "klein", "zimage"])
+def test_transformers_have_attention_feed_forward_and_norms(kind: str, tiny_models: dict[str, Path]) -> None:
+    """They attend to picture and text at once, and have no blocks up or down, nor convolutions in them."""
+    family = families.load(Source(str(tiny_models[kind])))
+    for part in ("kv", "self-attention", "cross-attention", "conv", "up"):
+        with pytest.raises(Fault, match=r"has no such part\. It has: attention, feed-forward, norm\."):
+            adapters.full(family, 1e-3, None, parts=(part,))
+    for part in ("attention", "feed-forward", "norm"):
+        adapters.full(family, 1e-3, None, parts=(part,))
+        trained = {name for name, p in families.denoiser(family).named_parameters() if p.requires_grad}
+        spelt = {"attention": "attn|attention", "feed-forward": r"ff|feed_forward|mlp", "norm": "norm"}[part]
+        assert trained and all(re.search(spelt, name) for name in trained)
+    with pytest.raises(Fault, match="--conv-rank 2: this model's blocks have no convolutions"):
+        adapted(tiny_models[kind], conv_rank=2)
 
 
 def test_what_is_no_part_stays_the_bases(tiny_models: dict[str, Path], tmp_path: Path) -> None:

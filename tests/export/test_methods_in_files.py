@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from finetune import adapters, cli, export, families, keys
 from finetune.adapters import NAME
+from finetune.errors import Failure, Fault
 from finetune.export import compare, formats, naming
 from finetune.export.formats import kohya
 from finetune.export.reading import adaptable
@@ -35,7 +37,8 @@ METHODS = {
 def trained(folder: Path, method: str) -> Family:
     """As after training: each number a little off where it begins."""
     family = families.load(Source(str(folder)))
-    adapters.adapt(family, METHODS[method], 1e-3, 1e-4, 0)
+    adapter = METHODS[method] if family.denoiser_name == "unet" else replace(METHODS[method], conv_rank=None)
+    adapters.adapt(family, adapter, 1e-3, 1e-4 if family.trained_text_encoders else None, 0)
     for part, module in adaptable(family).items():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
@@ -81,7 +84,7 @@ def by_lycoris(state: dict[str, Tensor], name: str, base: nn.Module) -> nn.Modul
 
 
 @pytest.mark.parametrize("method", ["loha", "lokr", "lokr-1", "oft", "ia3"])
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
 def test_peft_loads_its_file(kind: str, method: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     """As docs/methods.md says, by what its header tells, on the base: the same answers."""
     from peft import get_peft_config, inject_adapter_in_model, set_peft_model_state_dict
@@ -92,11 +95,43 @@ def test_peft_loads_its_file(kind: str, method: str, tiny_models: dict[str, Path
     wanted, fresh = compare.prediction(family), families.load(Source(str(tiny_models[kind])))
     with safe_open(file, "pt") as handle:
         configs = json.loads(handle.metadata()["peft_config"])
-    config = get_peft_config(configs["unet"])
-    inject_adapter_in_model(config, fresh.pipeline.unet)
-    state = {name.removeprefix("unet."): tensor for name, tensor in load_file(file).items() if name.startswith("unet.")}
-    assert not set_peft_model_state_dict(fresh.pipeline.unet, state).unexpected_keys
+    part, denoiser = fresh.denoiser_name, families.denoiser(fresh)
+    inject_adapter_in_model(get_peft_config(configs[part]), denoiser)
+    state = {name: tensor for name, tensor in load_file(file).items() if name.startswith(f"{part}.")}
+    own = {name.removeprefix(f"{part}."): tensor for name, tensor in state.items()}
+    assert not set_peft_model_state_dict(denoiser, own).unexpected_keys
     assert compare.difference(wanted, compare.prediction(fresh)) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["sd3", "flux", "klein", "zimage"])
+def test_transformers_take_every_method(kind: str, method: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Each has a format that holds it, from which a base gets it back; kohya's holds what can be joined there."""
+    family, file = trained(tiny_models[kind], method), tmp_path / "a.safetensors"
+    export.adapter(family, file, settings={})
+    assert formats.format_of(file, load_file(file)) == ("diffusers" if method in ("lora", "dora") else "peft")
+    fresh = families.load(Source(str(tiny_models[kind])))
+    wanted, before = compare.prediction(family), compare.prediction(fresh)
+    export.attach(fresh, file, "one")
+    gap = compare.difference(wanted, compare.prediction(fresh))
+    assert gap < 1e-5 and gap < 0.01 * compare.difference(wanted, before)
+    if kind in ("sd3", "flux") and method == "lora":
+        export.adapter(family, file, settings={}, form="kohya")
+        return
+    said = "what goes into a layer" if method == "oft" else "only a plain LoRA can be"
+    with pytest.raises(Fault, match=said if kind in ("sd3", "flux") or method == "oft" else "no names in kohya's"):
+        export.adapter(family, file, settings={}, form="kohya")
+
+
+def test_of_layers_in_one_plain_lora_alone_is_understood(tmp_path: Path) -> None:
+    """In kohya's names of a transformer: a Kronecker product of all three is none of each."""
+    from safetensors.torch import save_file
+
+    file, name = tmp_path / "a.safetensors", "lora_unet_double_blocks_0_img_attn_qkv"
+    save_file({f"{name}.lokr_w1": torch.ones(3, 1), f"{name}.lokr_w2": torch.ones(16, 16)}, file)
+    with pytest.raises(Fault) as fault:
+        formats.read(file)
+    assert fault.value.details == [f"{name}: LoKr of 3 layers in one; of such, plain LoRA alone is understood"]
 
 
 @pytest.mark.parametrize("method", ["loha", "oft", "ia3"])
@@ -111,8 +146,6 @@ def test_of_other_precision_it_is_the_same_but_for_rounding(
 
 def test_a_file_that_was_changed_does_not_pass(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.torch import save_file
-
-    from finetune.errors import Failure
 
     family, file = trained(tiny_models["sd"], "lokr"), tmp_path / "a.safetensors"
     export.adapter(family, file, settings={})

@@ -66,10 +66,10 @@ def entries(adapter: Adapter, family: type[Family], dtype: torch.dtype | None) -
     made = {}
     for layer in adapter:
         if layer.kind != "lora" or "lora_mid.weight" in layer.shapes:
-            core = " with a core" if layer.kind == "lora" else ""
+            core, others = (" with a core", "kohya") if layer.kind == "lora" else ("", "kohya or peft")
             raise Fault(
-                f"{layer.name}: diffusers loads LoRA and DoRA only, not {layer.title}{core}. Take the format kohya, or "
-                "make a plain LoRA of it: `finetune convert FILE OUT --format diffusers --to-lora RANK`."
+                f"{layer.name}: diffusers loads LoRA and DoRA only, not {layer.title}{core}. Take the format {others}, "
+                "or make a plain LoRA of it: `finetune convert FILE OUT --format diffusers --to-lora RANK`."
             )
         for tensor, shape in layer.shapes.items():
             if tensor == MAGNITUDE:

@@ -37,6 +37,8 @@ WORDS = (
 """Parts of paths, some with a `_` of their own: what a name without dots is taken apart by."""
 WORD = re.compile(rf"({'|'.join(sorted(WORDS, key=len, reverse=True))})(?:_|$)")
 ORIGINAL = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
+OTHERS = "the format diffusers (LoRA, DoRA) or peft (other kinds)"
+PLAIN = {"lora_down.weight", "lora_up.weight"}
 FOLDED = ("lora_up.weight", "hada_w1_a", "lokr_w1_a", "lokr_w1", "diff")
 """Where a scale goes into the weights: the first of these that a layer has."""
 
@@ -60,7 +62,12 @@ def read(file: File) -> Adapter:
             continue
         told = keys.pop("alpha", None)
         whole = file.layer(part, path, keys, None if told is None else float(file.load(told)))
-        for layer in _parted(module, whole):
+        try:
+            own = _parted(module, whole)
+        except Fault as fault:
+            wrong.append(fault.message)
+            continue
+        for layer in own:
             if layer.name in layers:
                 wrong.append(f"{module}: {layer.name} is there twice, under two names")
             layers[layer.name] = layer
@@ -114,7 +121,7 @@ def _placed(layer: Layer, family: type[Family]) -> tuple[str, int]:
     joined = family.published.joined
     if layer.part == family.denoiser_name != "unet":
         if joined is None:
-            raise Fault(f"{layer.name}: {family.title} has no names in kohya's format. Take the format diffusers.")
+            raise Fault(f"{layer.name}: {family.title} has no names in kohya's format. Take {OTHERS}.")
         try:
             path, place = joined.written(layer.path)
         except KeyError as error:
@@ -160,10 +167,10 @@ def _joined(
 ) -> dict[str, Entry]:
     """Several layers as one: their downs one below the other, their ups along a diagonal, zeros for those not there."""
     layers = [places[place] for place in sorted(places)]
-    if other := [layer for layer in layers if set(layer.shapes) != {"lora_down.weight", "lora_up.weight"}]:
+    if other := [layer for layer in layers if set(layer.shapes) != PLAIN]:
         raise Fault(
             f"{other[0].name}: kohya's format has it in one with other layers, which only a plain LoRA can be: "
-            "`finetune convert FILE OUT --format kohya --to-lora RANK`."
+            f"`finetune convert FILE OUT --format kohya --to-lora RANK`. Or take {OTHERS}."
         )
     ranks = [layer.shapes["lora_down.weight"][0] for layer in layers]
     rank, kept = sum(ranks), dtype or layers[0].load("lora_up.weight").dtype
@@ -192,12 +199,15 @@ def _joined(
 def _parted(module: str, whole: Layer) -> list[Layer]:
     """The other way: our layers of one that joins several, without those that it does not change.
 
-    Where a layer's outputs are made from some of the rank only, as on a diagonal, it has that rank.
+    Where a layer's outputs are made from some of the rank only, as on a diagonal, it has that rank. Raises Fault for
+    what is no plain LoRA: its formula is of the whole.
     """
     found = _joins(module)
-    if found is None or len(found[0]) == 1 or set(whole.shapes) != {"lora_down.weight", "lora_up.weight"}:
+    if found is None or len(found[0]) == 1:
         return [whole]
     paths, shares = found
+    if set(whole.shapes) != PLAIN:
+        raise Fault(f"{module}: {whole.said} of {len(paths)} layers in one; of such, plain LoRA alone is understood")
     up, made, begin = whole.load("lora_up.weight"), [], 0
     for path, share in zip(paths, shares, strict=True):
         rows = slice(begin, begin := begin + len(up) * share // sum(shares))
