@@ -207,7 +207,9 @@ def _load_state(trained: Trained, path: Path, source: Source | None) -> Loaded:
     how = Optim(**settings["optim"])
     rates = how.lr, how.text_encoder_lr
     if trained.adapts:
-        adapters.adapt(family, AdapterSettings(**settings["adapter"]), *rates, seed=0)
+        told: dict[str, Any] = settings["adapter"]
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+        adapters.adapt(family, AdapterSettings(**values), *rates, seed=0)  # type: ignore[arg-type]
     else:
         adapters.full(family, *rates, parts=settings.get("full", {}).get("parts", ()))
     become(family, path, state)

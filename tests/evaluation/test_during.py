@@ -21,6 +21,7 @@ from finetune.evaluation import drawing, during, verdict
 from finetune.evaluation.tables import State, Table
 
 STEPS = 6
+FREE = ("--optimizer", "schedulefree")
 ON = ("--measure", "toybox", "--measure-steps", "1", "--measure-batch", "2")
 ON += ("--measure-prompts", "a photo of sks dog", "a red sks dog")
 
@@ -72,7 +73,8 @@ def choose(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     ("recipe", "flags"),
     [
         ("lora", ["--dropout", "0.3", "--text-encoder-lr", "1e-3", "--ema", "0.9"]),
-        ("lora", ["--optimizer", "schedulefree"]),
+        ("lora", [*FREE]),
+        ("lora", ["--method", "ia3"]),
         ("dreambooth", ["--validation", "0.3"]),
     ],
 )
@@ -102,17 +104,25 @@ def test_the_same_is_trained_with_it_and_without(
     assert (on / "best" / ("adapter.safetensors" if recipe == "lora" else "model")).exists()
 
 
-@pytest.mark.parametrize("recipe", ["lora", "dreambooth"])
+@pytest.mark.parametrize(
+    ("recipe", "form", "flags"),
+    [
+        ("lora", "diffusers", ["--ema", "0.5"]),
+        ("lora", "diffusers", ["--init", "pissa", "--rank", "4", "--lora-plus-ratio", "4", *FREE]),
+        ("lora", "peft", ["--method", "oft", "--rank", "4"]),
+        ("dreambooth", "merged", ["--ema", "0.5"]),
+    ],
+)  # fmt: skip
 def test_the_best_is_kept_and_written(
-    recipe: str, train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    recipe: str, form: str, flags: list[str], train: Callable[..., None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """An earlier state: its checkpoint outlives keep_last, best/ holds what a run of so many steps ends with."""
     choose(monkeypatch, 2)
     run, short = tmp_path / "run", tmp_path / "short"
-    train(recipe, run, *ON, "--keep-last", "1", "--ema", "0.5")
+    train(recipe, run, *ON, "--keep-last", "1", *flags)
     assert sorted(os.listdir(run / "checkpoints")) == ["step-000002", "step-000006"]
-    train(recipe, short, "--ema", "0.5", steps=2)
+    train(recipe, short, *flags, steps=2)
     name = "adapter.safetensors" if recipe == "lora" else "model/unet/diffusion_pytorch_model.safetensors"
     best, ended, last = (load_file(place / name) for place in (run / "best", short, run))
     assert best.keys() == ended.keys()
@@ -124,7 +134,6 @@ def test_the_best_is_kept_and_written(
     cli.main(["runs", str(run)])
     assert table(run)["verdict"]["word"] in capsys.readouterr().out
     cli.main(["inspect", str(run / "best" / name.split("/")[0])])
-    form = "diffusers" if recipe == "lora" else "merged"
     cli.main(
         ["export", str(run), "--step", "best", "--format", form, "--dtype", "fp32", "--output", str(tmp_path / "x")]
     )
