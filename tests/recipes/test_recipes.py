@@ -27,16 +27,33 @@ RANK = ["--rank", "4", "--alpha", "8", "--lr", "5e-2"]
 FLAGS = {
     "dreambooth": ["--lr", "2e-3"],
     "dreambooth --parts kv norm": ["--lr", "1e-2"],
+    "dreambooth --parts attention": ["--lr", "1e-2"],
     "lora": RANK,
     "lora --method dora": RANK,
     "lora --conv-rank 2": [*RANK, "--rank-pattern", "attn2=2"],
     "lora --init pissa": RANK,
-    "lora --method loha": [*RANK, "--conv-rank", "2"],
+    "lora --method loha": RANK,
+    "lora --method loha --conv-rank 2": RANK,
     "lora --method lokr": RANK,
     "lora --method oft": ["--rank", "4", "--lr", "5e-2"],
     "lora --method ia3": ["--lr", "5e-2"],
 }
 """A recipe, its method, and what is set beside it"""
+METHODS = {
+    "dreambooth --parts kv norm": ["sd", "sdxl"],
+    "dreambooth --parts attention": ["flux", "zimage"],
+    "lora --method dora": ["sd", "sdxl", "flux", "klein"],
+    "lora --conv-rank 2": ["sd", "sdxl"],
+    "lora --init pissa": ["sd", "sdxl", "sd3", "zimage"],
+    "lora --method loha": ["sd3", "klein"],
+    "lora --method loha --conv-rank 2": ["sd", "sdxl"],
+    "lora --method lokr": ["sd", "sdxl", "flux", "zimage"],
+    "lora --method oft": ["sd", "sdxl", "sd3", "klein"],
+    "lora --method ia3": ["sd", "sdxl", "flux", "zimage"],
+}
+"""Of which families each is trained here, transformers in turn; `test_methods_in_files` has each of each"""
+CASES = [(kind, recipe, how) for kind in KINDS for recipe in ("lora", "dreambooth") for how in ("fp32", "bf16")]
+CASES += [(kind, name, "bf16" if kind == "sd" else "fp32") for name, kinds in METHODS.items() for kind in kinds]
 FALLS = {"dora": 0.997, "ia3": 0.999, "oft": 0.9998}
 """To which share the loss falls at least, of methods by which these few steps change little"""
 FOREIGN = ("loha", "lokr", "oft", "ia3")
@@ -77,9 +94,7 @@ def loss_on(pipeline: DiffusionPipeline, pictures: Path) -> float:
     return measured.loss(family, measured.encoded(family, read_plain(pictures, PROMPT)))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("recipe", FLAGS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "recipe", "precision"), CASES)
 def test_every_family_trains_with_every_recipe(
     kind: str, recipe: str, precision: str, tiny_models: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
