@@ -81,6 +81,23 @@ class Table:
         return sorted((state for state in self.states if state.name != BASE), key=lambda state: state.step)
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of a state."""
+
+    word: str
+    """under-trained, good or over-trained; unknown where too little was measured"""
+    reason: str
+    """In a sentence, with the figure and the interval that carry it"""
+    state: str
+    """The state that it is about"""
+    best: str
+    """The best state of those that were measured"""
+    best_reason: str
+    advice: str
+    """What to do"""
+
+
 def to_json(table: Table, **more: Any) -> str:
     """All of it. A number that is none (NaN) is null."""
     return json.dumps(plain({**asdict(table), **more}), indent=1, ensure_ascii=False) + "\n"
