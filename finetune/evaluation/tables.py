@@ -11,8 +11,10 @@ from typing import Any
 
 BASE, RESULT = "base", "result"
 """The states that are no checkpoints: the model before the training, and what the run wrote at its end."""
-FOLDERS, FILE = ("evaluation", "measured"), "table.json"
-"""Where a run has its tables: of `finetune evaluate`, which is the fuller one, and of the training itself"""
+EVALUATED, MEASURED, FILE = "evaluation", "measured", "table.json"
+"""Where a run has its tables: of `finetune evaluate`, and of the training itself"""
+FOLDERS = (EVALUATED, MEASURED)
+"""The fuller one first"""
 
 
 @dataclass(frozen=True)
