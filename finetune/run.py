@@ -36,6 +36,7 @@ from finetune.data import Item
 from finetune.data.encoding import Turn
 from finetune.data.reading import concepts
 from finetune.errors import Failure, Fault, Stopped
+from finetune.evaluation.tables import MEASURED
 from finetune.export import trained
 from finetune.families import Family, Source
 from finetune.keeping import LOG, Keeper
@@ -47,7 +48,7 @@ from finetune.weights import said
 
 Piece = TypeVar("Piece")
 LOGS, BEST = "logs", "best"
-UNTOLD = (LOGS, checkpoints.FOLDER, ledger.LOCK, "measured")
+UNTOLD = (LOGS, checkpoints.FOLDER, ledger.LOCK, MEASURED)
 """What of a run's folder is nobody's product"""
 
 

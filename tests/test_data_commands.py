@@ -245,8 +245,9 @@ def test_ready_settings_can_be_given(name: str, photos: Path, capsys: pytest.Cap
     assert status == 0 and report["recommendation"], report["findings"]
 
 
-def test_the_settings_of_a_run_can_be_given(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = shelf.load("lora")
+@pytest.mark.parametrize("recipe", ["lora", "dreambooth"])
+def test_the_settings_of_a_run_can_be_given(recipe: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = shelf.load(recipe)
     made = config.parse(page.Config, ["--data", str(photos), "--output", "o", "--batch-size", "5"], "finetune")
     (photos.parent / "settings.toml").write_text(config.dumps(made))
     status, report, _ = checked(capsys, "--config", photos.parent / "settings.toml")

@@ -14,6 +14,7 @@ from finetune.settings import (
     Captions,
     Data,
     Framing,
+    Full,
     Loss,
     Measure,
     Model,
@@ -38,6 +39,7 @@ class Reading:
     train: Annotated[Train, Suppress] = field(default_factory=Train)
     prior: Annotated[Prior, Suppress] = field(default_factory=Prior)
     adapter: Annotated[Adapter, Suppress] = field(default_factory=Adapter)
+    full: Annotated[Full, Suppress] = field(default_factory=Full)
     optim: Annotated[Optim, Suppress] = field(default_factory=Optim)
     loss: Annotated[Loss, Suppress] = field(default_factory=Loss)
     samples: Annotated[Samples, Suppress] = field(default_factory=Samples)

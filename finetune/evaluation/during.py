@@ -26,7 +26,7 @@ from finetune.evaluation.drawing import How
 from finetune.evaluation.measuring import Drawn
 from finetune.evaluation.plan import JSON, Plan
 from finetune.evaluation.record import Record, called
-from finetune.evaluation.tables import BASE
+from finetune.evaluation.tables import BASE, MEASURED
 from finetune.families import Family, Source
 from finetune.glance import EMBEDDED
 from finetune.loop import Training, due
@@ -34,7 +34,7 @@ from finetune.previews import able_to_draw
 from finetune.run import Run
 from finetune.settings import Measure
 
-FOLDER = "measured"
+FOLDER = MEASURED
 PROTOCOL = "short"
 MOST = 0.1
 """The largest share of the time"""

@@ -18,14 +18,14 @@ from finetune.evaluation.judges import Panel
 from finetune.evaluation.measuring import Drawn
 from finetune.evaluation.plan import JSON, Plan, sentence
 from finetune.evaluation.prompts import Asked
-from finetune.evaluation.tables import BASE, RESULT, Table
+from finetune.evaluation.tables import BASE, EVALUATED, RESULT, Table
 from finetune.export import trained
 from finetune.families import Family, Source
 from finetune.settings import Captions, Data, Framing, Loss, Model, Prior, Samples, Train
 
 __all__ = ["FOLDER", "JSON", "Brief", "as_sampled", "brief", "evaluate", "identity", "sentence"]
 
-FOLDER = "evaluation"
+FOLDER = EVALUATED
 BARE = 4
 """Times the pictures of a prompt: those of the bare class. Of half as many, intervals of what it lost were too wide"""
 

@@ -16,11 +16,10 @@ from finetune.evaluation.drawing import How, Track, wanted
 from finetune.evaluation.judges import Panel
 from finetune.evaluation.measuring import Drawn, Real
 from finetune.evaluation.prompts import Subject
-from finetune.evaluation.tables import BASE, State, Table, to_csv, to_json, to_markdown
-from finetune.evaluation.verdict import Verdict
+from finetune.evaluation.tables import BASE, FILE, State, Table, Verdict, to_csv, to_json, to_markdown
 from finetune.families import Family, Source
 
-JSON, CSV, MARKDOWN = "table.json", "table.csv", "table.md"
+JSON, CSV, MARKDOWN = FILE, "table.csv", "table.md"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from finetune import checkpoints, disk, ledger
 from finetune.evaluation import plan, verdict
 from finetune.evaluation.plan import JSON, Plan
-from finetune.evaluation.tables import BASE, State, Table, from_json, plain
+from finetune.evaluation.tables import BASE, State, Table, Verdict, from_json, plain
 
 SECONDS = "seconds.json"
 
@@ -66,7 +66,7 @@ class Record:
     def table(self) -> Table:
         return self.plan.table(list(self.states.values()), self.facts, self.bleed)
 
-    def verdict(self) -> verdict.Verdict:
+    def verdict(self) -> Verdict:
         """On the last state. There must be one."""
         return verdict.judge(self.table(), seed=self.plan.how.seed)
 

@@ -11,8 +11,10 @@ from typing import Any
 
 BASE, RESULT = "base", "result"
 """The states that are no checkpoints: the model before the training, and what the run wrote at its end."""
-FOLDERS, FILE = ("evaluation", "measured"), "table.json"
-"""Where a run has its tables: of `finetune evaluate`, which is the fuller one, and of the training itself"""
+EVALUATED, MEASURED, FILE = "evaluation", "measured", "table.json"
+"""Where a run has its tables: of `finetune evaluate`, and of the training itself"""
+FOLDERS = (EVALUATED, MEASURED)
+"""The fuller one first"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,23 @@ class Table:
     def trained(self) -> list[State]:
         """All others, by step."""
         return sorted((state for state in self.states if state.name != BASE), key=lambda state: state.step)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of a state."""
+
+    word: str
+    """under-trained, good or over-trained; unknown where too little was measured"""
+    reason: str
+    """In a sentence, with the figure and the interval that carry it"""
+    state: str
+    """The state that it is about"""
+    best: str
+    """The best state of those that were measured"""
+    best_reason: str
+    advice: str
+    """What to do"""
 
 
 def to_json(table: Table, **more: Any) -> str:

@@ -24,10 +24,9 @@ to .066, and .044 of those that a good adapter drew.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from finetune.evaluation.measures import Estimate, bootstrap
-from finetune.evaluation.tables import Figure, State, Table
+from finetune.evaluation.tables import Figure, State, Table, Verdict
 
 TOLERANCE = 0.01
 """Likeness: half of the .02 within which two states count as the same, as both have been measured."""
@@ -43,23 +42,6 @@ COPIES = 0.1
 REACHED = 0.6
 REAL = "likeness of the real pictures to each other"
 """In the facts of a table"""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is said of a state."""
-
-    word: str
-    """under-trained, good or over-trained; unknown where too little was measured"""
-    reason: str
-    """In a sentence, with the figure and the interval that carry it"""
-    state: str
-    """The state that it is about"""
-    best: str
-    """The best state of those that were measured"""
-    best_reason: str
-    advice: str
-    """What to do"""
 
 
 def floor(table: Table) -> float:

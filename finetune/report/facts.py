@@ -15,7 +15,7 @@ from typing import Any
 from finetune import ledger
 from finetune.errors import Fault
 from finetune.evaluation import tables
-from finetune.evaluation.tables import Table
+from finetune.evaluation.tables import Table, Verdict
 from finetune.report import record
 from finetune.report.record import Record
 
@@ -37,18 +37,6 @@ class Log:
     """Mean of the last steps, in seconds"""
     not_finite: Sequence[int] = ()
     """Steps whose loss was none"""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a table says of the run."""
-
-    word: str
-    reason: str
-    state: str
-    best: str
-    best_reason: str
-    advice: str
 
 
 @dataclass(frozen=True)

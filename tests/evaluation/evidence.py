@@ -26,7 +26,7 @@ import numpy as np
 from finetune import cli
 from finetune.evaluation import evaluate, judges, verdict
 from finetune.evaluation.prompts import Asked
-from finetune.evaluation.tables import State, Table, from_json
+from finetune.evaluation.tables import State, Table, Verdict, from_json
 from finetune.toybox.subjects import PROMPT, SEED, Subject
 from finetune.toybox.things import Build
 from finetune.toybox.world import render
@@ -56,9 +56,9 @@ class Row:
 
     subject: str
     seed: int
-    short: verdict.Verdict
+    short: Verdict
     """On the short training"""
-    last: verdict.Verdict
+    last: Verdict
     """On the end of the long one, with its choice"""
     chosen: State
     """The choice, as graded on other pictures"""

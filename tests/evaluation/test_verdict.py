@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from finetune.evaluation import measures, verdict
-from finetune.evaluation.tables import BASE, Figure, State, Table
+from finetune.evaluation.tables import BASE, Figure, State, Table, Verdict
 
 PROMPTS = 6
 
@@ -101,7 +101,7 @@ def varied(one: State, variety: float, spread: float = 0.02, pictures: int = ver
 def test_over_trained_where_the_class_has_lost_its_variety() -> None:
     """It need not have become like the subject: all toys may be green, and no toy be pip."""
 
-    def judged(variety: float, spread: float = 0.02, pictures: int = verdict.ENOUGH) -> verdict.Verdict:
+    def judged(variety: float, spread: float = 0.02, pictures: int = verdict.ENOUGH) -> Verdict:
         states = [varied(state(0, 0.0), 0.6), varied(state(100, 0.8), variety, spread, pictures)]
         return verdict.judge(Table("run", "short", states, {verdict.REAL: 1.0}))
 

@@ -64,13 +64,17 @@ def test_holes_are_of_all_sizes_and_a_quarter_is_everything() -> None:
 
 @pytest.mark.parametrize("recipe", ["lora", "dreambooth"])
 def test_it_trains_and_fills_masks_better(recipe: str, folder: Path, pictures: Path, tmp_path: Path) -> None:
-    """With class pictures and samples, which are drawn under a mask of everything; diffusers loads what is written."""
+    """With class pictures, samples and measuring, all drawn under a mask of everything; diffusers loads what is
+    written.
+    """
     run, rate = tmp_path / "run", "5e-2" if recipe == "lora" else "2e-3"
     cli.main(["train", recipe, "--model", str(folder), "--data", str(pictures), "--prompt", "sks dog", "--output",
               str(run), "--class-prompt", "a dog", "--class-images", "2", "--class-steps", "2", "--tracker", "none",
               "--steps", "24", "--batch-size", "3", "--lr", rate, "--sample-every", "24", "--sample-steps", "2",
-              "--max-upscale", "4"])  # fmt: skip
+              "--max-upscale", "4", "--measure", "toybox", "--measure-prompts", "red sks dog",
+              "--measure-steps", "1"])  # fmt: skip
     assert (run / "samples" / "step-000024-0.png").is_file()
+    assert (run / "measured" / "step-000024" / "subject-01-seed0.png").is_file()
     losses = []
     for made in (folder, folder if recipe == "lora" else run / "model"):
         pipeline = AutoPipelineForInpainting.from_pretrained(made)

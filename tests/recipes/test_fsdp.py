@@ -40,8 +40,8 @@ def words(recipe: str, model: Path, pictures: Path, output: Path, *flags: str) -
 
 
 def shared_out(given: list[str], stop: int = 0) -> str:
-    """What two processes say. Torch crashed in one of them once in some hundred runs, as nothing else has with gloo:
-    then the run goes on by `--resume`, as any killed one, and the trace is shown among the warnings.
+    """What two processes say. Torch crashed in one of them once (SIGSEGV), and not again when the cause was looked
+    for: then the run goes on by `--resume`, as any killed one, and the trace is shown among the warnings.
     """
     done = _launched(given, stop)
     if done.returncode and "(SIGSEGV)" in done.stderr:
