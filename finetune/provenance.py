@@ -18,14 +18,28 @@ LOCAL = "local"
 
 TRAINING = (
     *("recipe", "model", "revision", "prompt", "class_prompt", "resolution", "flip", "strict"),
-    *("prior", "class_images", "prior_weight", "class_steps", "class_guidance"),
-    *("rank", "alpha", "dropout", "lr", "text_encoder_lr", "optimizer", "schedule", "warmup", "weight_decay"),
-    *("max_grad_norm", "steps", "batch_size", "accumulation", "precision", "seed", "min_snr_gamma"),
+    *("prior", "prior_from", "class_images", "class_word", "prior_weight", "class_steps", "class_guidance"),
+    *("method", "rank", "alpha", "rank_pattern", "alpha_pattern", "conv_rank", "rslora", "dropout", "factor", "init"),
+    *("lora_plus_ratio", "parts", "weights", "lr", "text_encoder_lr", "optimizer", "schedule", "schedule_power"),
+    *("warmup", "weight_decay", "unmasked_weight", "unmasked_prior", "alpha_masks", "validation", "holes"),
+    *("max_upscale", "min_kept", "crop_variants", "several_captions", "shuffle_tags", "keep_tags"),
+    *("caption_variants", "max_grad_norm", "steps", "batch_size", "accumulation", "precision", "seed", "min_snr_gamma"),
     *("gradient_checkpointing", "trigger", "template", "title", "author", "license", "description", "tags"),
     *("ema", "debiased", "error", "huber_delta", "noise_offset", "input_perturbation", "zero_terminal_snr"),
     *("timesteps", "logit_mean", "logit_std", "timestep_shift", "tag_dropout", "caption_dropout", "crop", "buckets"),
 )
 """Settings of a run, by their names in `finetune.settings`."""
+UNTOLD = (
+    *("data", "class_data", "masks", "cache", "output", "model_config", "skip", "split", "image_column"),
+    *("caption_column", "limit", "streaming", "concepts", "repeats", "weight", "background", "focus", "tell_captions"),
+    *("sample_prompts", "measure_prompts", "subject", "class_name", "dino", "clip", "lpips", "tracker"),
+    *("use_cache", "resume", "resume_or_begin", "allow_changed", "report", "processes", "engine", "save_every"),
+    *("optimizer_in_backward", "ema_on_cpu", "validate_every", "on_nan", "checkpoint_every", "keep_last", "keep_every"),
+    *("sample_every", "sample_steps", "sample_guidance", "measure", "measure_share", "measure_count"),
+    *("measure_steps", "measure_batch", "patience"),
+)
+"""Those that are not: where things lie and what they are called there, how a run was watched and kept. A new setting
+stands in one of the two."""
 PICTURE = (
     *("prompt", "negative", "seed", "step", "steps", "guidance", "width", "height", "scheduler", "model", "revision"),
     *("zero_terminal_snr", "strength"),

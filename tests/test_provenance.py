@@ -9,8 +9,6 @@ import pytest
 
 from finetune import config, provenance, settings
 
-LOCAL = {"data", "class_data", "output", "model_config", "skip", "background", "tracker", "save_every"}
-
 
 def test_groups_are_opened_and_only_what_is_allowed_is_told() -> None:
     told = provenance.public(
@@ -43,12 +41,13 @@ def test_a_folder_that_looks_like_a_hub_name_is_not_named(tmp_path: Path, monkey
     assert provenance.public_model("mary/sd") == provenance.public_model("mary") == provenance.LOCAL
 
 
-def test_every_allowed_setting_of_a_run_exists_and_no_local_one_is_allowed() -> None:
+def test_every_setting_of_a_run_is_either_told_or_not() -> None:
     groups = [value for value in vars(settings).values() if dataclasses.is_dataclass(value)]
     known = {field.name for group in groups for field in dataclasses.fields(group)}
-    assert set(provenance.TRAINING) - known <= {"recipe"}
-    assert known >= LOCAL
-    assert not LOCAL & set(provenance.TRAINING)
+    told, untold = set(provenance.TRAINING), set(provenance.UNTOLD)
+    assert told | untold == known | {"recipe"}
+    assert not told & untold
+    assert {"data", "class_data", "output", "model_config", "skip", "masks", "cache", "sample_prompts"} <= untold
 
 
 def test_shared_groups_are_told_as_they_are_set() -> None:

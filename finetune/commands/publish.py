@@ -88,7 +88,8 @@ def main(config: Config) -> None:
     _refuse(leaks.in_texts(_texts(wish, told.settings), known))
     console = Console(stderr=True)
     if not package.is_made(folder, wish, told, config.overwrite):
-        package.make(folder, wish, told, lambda items, what: track(items, what, console=console))
+        left = package.make(folder, wish, told, lambda items, what: track(items, what, console=console))
+        print(*(f"left out: {name}: {reason}" for name, reason in left.items()), sep="\n", end="\n" * bool(left))
     files = package.files(folder)
     _refuse(leaks.in_files(folder, files, known), folder)
     _list(folder, files, config)

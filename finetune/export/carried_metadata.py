@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from finetune import provenance
 from finetune.export.metadata import OWN, own, passed_on
+from finetune.settings import Adapter
 
+LAYERS = {field.name for field in fields(Adapter)}
+"""What our own table says of the layers."""
 STALE = ("modelspec.thumbnail", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 """Of the old layers. What is written tells of its own."""
 TITLES = {"modelspec.title": "modelspec.merged_from", "modelspec.trigger_phrase": "modelspec.trigger_phrase"}
@@ -41,6 +45,6 @@ def _own(sources: Sequence[Mapping[str, str]], pipeline: str, tool: Mapping[str,
     table = dict(tables[0]) if one else {"sources": [{k: v for k, v in t.items() if k != "tools"} for t in tables]}
     earlier = table.pop("tools", [])
     if one and remade:
-        table = {key: value for key, value in table.items() if key not in ("rank", "alpha")}
+        table = {key: value for key, value in table.items() if key not in LAYERS}
     done = {key: value for key, value in {**tool, "software": provenance.software()}.items() if value is not None}
     return {**table, "pipeline": pipeline, "tools": [*(earlier if isinstance(earlier, list) else []), done]}

@@ -32,6 +32,8 @@ FREE_TEXTS = ("title", "author", "license", "description")
 """Settings that go into ModelSpec's fields of these names as they are"""
 KNOWN = ("modelspec.", "ss_", OWN)
 """What headers' fields begin with that anybody reads. Others may hold anything: they are passed on to nobody."""
+ALGORITHMS = {"lora": "lora", "loha": "loha", "lokr": "lokr", "ia3": "ia3", "diff": "full"}
+"""What LyCORIS calls each kind"""
 UNIQUE = ("lora_adapter_metadata", *hashes.BLANKS)
 """What belongs to one file and its names and bytes, and is never passed on to another."""
 
@@ -67,17 +69,19 @@ def of_whole(metadata: Mapping[str, str], edition: Edition) -> dict[str, str]:
 
 def of_layers(adapter: Adapter) -> dict[str, str]:
     """What the adapter is: its module, rank, alpha and what else sd-scripts would have to be told to make it."""
-    ranks = Counter(layer.rank for layer in adapter if layer.rank)
+    ranks, kinds = Counter(layer.rank for layer in adapter if layer.rank), {layer.kind for layer in adapter}
+    if not kinds <= ALGORITHMS.keys():
+        return {}  # no module of theirs makes it
+    algorithm = ", ".join(sorted(ALGORITHMS[kind] for kind in kinds))
     if not ranks:
-        return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "full"})}
+        return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": algorithm})}
     rank = ranks.most_common(1)[0][0]
     alphas = Counter(round(layer.scale * layer.rank, 9) for layer in adapter if layer.rank == rank)
-    kinds = {layer.kind for layer in adapter}
     args: dict[str, str] = {}
     if dora := any(MAGNITUDE in layer.shapes for layer in adapter):
         args["dora_wd"] = "True"
     if native := bool(dora or kinds - {"lora"}):
-        args["algo"] = ", ".join(sorted(kinds))
+        args["algo"] = algorithm
     if spatial := [layer for layer in adapter if len(layer.shapes.get("lora_down.weight", ())) == 4]:
         args |= {"conv_dim": str(spatial[0].rank), "conv_alpha": _number(spatial[0].scale * (spatial[0].rank or 0))}
     told = {

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from finetune.evaluation import tables
 from finetune.publishing.release import Release
 
-LORA = ("text-to-image", "diffusers", "lora")
-WHOLE = ("text-to-image", "diffusers", "dreambooth")
+TAGS = ("text-to-image", "diffusers")
+WEBUI = {"A1111": "AUTOMATIC1111", "Forge": "Forge"}
 
 
 def card(release: Release) -> str:
@@ -48,10 +48,10 @@ def _front(release: Release) -> str:
     data = ModelCardData(
         base_model=release.base,
         base_model_relation=("adapter" if release.adapts else "finetune") if release.base else None,
-        library_name="diffusers",
+        library_name="diffusers" if not release.adapts or release.read_by("diffusers") else None,
         pipeline_tag="text-to-image",
         instance_prompt=_line(release.words[0]) if release.words else None,
-        tags=[*(LORA if release.adapts else WHOLE), release.tag, *map(_line, release.tags)],
+        tags=[*TAGS, *_kinds(release), release.tag, *map(_line, release.tags)],
         widget=[{"text": _line(one.prompt), "output": {"url": one.file}} for one in release.drawn] or None,
         license=release.license.get("license"),
         license_name=release.license.get("license_name"),
@@ -61,7 +61,7 @@ def _front(release: Release) -> str:
 
 
 def _page(release: Release) -> Iterator[str]:
-    kind = "A LoRA adapter for" if release.adapts else "A fine-tuned"
+    kind = f"An adapter ({release.kind}) for" if release.adapts else "A fine-tuned"
     maker = f", by {text(release.author)}" if release.author else ""
     yield f"{kind} {text(release.family)}, trained from {_base(release)}{maker}."
     if release.description:
@@ -71,12 +71,20 @@ def _page(release: Release) -> Iterator[str]:
     yield "## Use it"
     yield from (_with_adapter(release) if release.adapts else _with_model(release))
     yield "## Files"
-    yield table(("file", "for"), [(text(name), use) for name, use in release.files.items()])
+    yield table(("file", "for"), [(text(name), ", ".join(use)) for name, use in release.files.items()])
+    if release.strangers:
+        yield "Other programs do not read these files rightly:"
+        yield table(("program", "why"), [(name, text(reason)) for name, reason in release.strangers.items()])
     yield "`sha256sum -c checksums.txt` tells whether they arrived whole."
     yield from _measured(release)
     yield from _training(release)
     yield "## Licence"
     yield _licence(release)
+
+
+def _kinds(release: Release) -> list[str]:
+    """As the hub's tags have them"""
+    return (release.kind or "dreambooth").lower().split(" and ")
 
 
 def _base(release: Release) -> str:
@@ -107,23 +115,53 @@ def _pictures(release: Release) -> Iterator[str]:
 
 
 def _with_adapter(release: Release) -> Iterator[str]:
+    """By each program that reads one of the files."""
     prompt = _line(release.drawn[0].prompt)
     if release.embedded:
         yield "**finetune**"
-        command = f"finetune generate --model toybox --adapter {release.name}.safetensors --prompt"
+        command = f"finetune generate --model toybox --adapter {next(iter(release.files))} --prompt"
         yield fence([f"{command} {shlex.quote(prompt)}"], "sh")
         return
-    if release.base:
+    if release.base and release.read_by("diffusers"):
         yield "**diffusers**"
         yield fence([*_loaded(release, release.base), f'pipeline.load_lora_weights("{release.repo}")',
                      f"picture = pipeline({_python(prompt)}).images[0]"], "python")  # fmt: skip
         yield from _scheduler(release)
-    yield f"**ComfyUI**: put {text(release.name)}.safetensors into `models/loras`; the node *Load LoRA* loads it."
-    yield (
-        f"**AUTOMATIC1111, Forge**: put {text(release.name)}.safetensors into `models/Lora`, with its .json and "
-        ".preview.png beside it, and write"
-    )
-    yield fence([f"{prompt} <lora:{release.name}:1>"], "text")
+    if release.base and (file := release.read_by("PEFT")):
+        yield "**PEFT**, for diffusers' pipeline"
+        yield fence([*_loaded(release, release.base), *_injected(release.repo, file),
+                     f"picture = pipeline({_python(prompt)}).images[0]"], "python")  # fmt: skip
+        yield from _scheduler(release)
+    if file := release.read_by("ComfyUI"):
+        yield f"**ComfyUI**: put {text(file)} into `models/loras`; the node *Load LoRA* loads it."
+    webui = [name for name in WEBUI if name in release.files.get(release.main, ())]
+    if webui:
+        yield (
+            f"**{', '.join(WEBUI[name] for name in webui)}**: put {text(release.main)} into `models/Lora`, with its "
+            ".json and .preview.png beside it, and write"
+        )
+        yield fence([f"{prompt} <lora:{release.name}:1>"], "text")
+
+
+def _injected(repo: str, file: str) -> list[str]:
+    """PEFT's own way, a part of the pipeline at a time."""
+    return [
+        "",
+        "import json",
+        "",
+        "from huggingface_hub import hf_hub_download",
+        "from peft import get_peft_config, inject_adapter_in_model, set_peft_model_state_dict",
+        "from safetensors import safe_open",
+        "",
+        f'with safe_open(hf_hub_download("{repo}", "{file}"), "pt") as adapter:',
+        '    for part, told in json.loads(adapter.metadata()["peft_config"]).items():',
+        "        model = getattr(pipeline, part)",
+        '        model = getattr(model, "text_model", model)',
+        '        own = {name.removeprefix(f"{part}.").removeprefix("text_model."): adapter.get_tensor(name)',
+        '               for name in adapter.keys() if name.startswith(f"{part}.")}',
+        "        inject_adapter_in_model(get_peft_config(told), model)",
+        "        set_peft_model_state_dict(model, own)",
+    ]
 
 
 def _with_model(release: Release) -> Iterator[str]:

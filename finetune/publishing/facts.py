@@ -25,8 +25,13 @@ TABLE = {
     "steps": "steps",
     "batch_size": "pictures a pass",
     "accumulation": "passes a step",
+    "method": "method",
+    "parts": "parts that train",
     "rank": "rank",
     "alpha": "alpha",
+    "conv_rank": "rank of convolutions",
+    "init": "begun with",
+    "factor": "factor",
     "lr": "learning rate",
     "text_encoder_lr": "learning rate of the text encoders",
     "optimizer": "optimizer",
@@ -174,7 +179,7 @@ def _log(file: Path) -> list[dict[str, Any]]:
 
 
 def _is_set(value: Any) -> bool:
-    return value not in (None, [], "auto") and not (isinstance(value, float) and value == 0.0)
+    return value not in (None, [], "auto", "default", -1) and not (isinstance(value, float) and value == 0.0)
 
 
 def _said(value: Any) -> str:

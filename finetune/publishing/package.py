@@ -20,11 +20,10 @@ from finetune.publishing.facts import MODEL, Facts
 if TYPE_CHECKING:
     from finetune.families import Family
     from finetune.publishing.drawing import Track
+    from finetune.publishing.files import Files
 
 CARD, CHECKSUMS, RECORD = "README.md", "checksums.txt", ".publish.json"
 """The record of what the folder was made of stays here."""
-DIFFUSERS = "pytorch_lora_weights.safetensors"
-"""What diffusers looks for where only the repository is named (`load_lora_weights`)."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,9 @@ def is_made(folder: Path, wish: Wish, facts: Facts, overwrite: bool) -> bool:
     return not overwrite
 
 
-def make(folder: Path, wish: Wish, facts: Facts, track: Track) -> None:
-    """Raises Failure, and leaves what was at `folder`, when a file does not load back equal."""
+def make(folder: Path, wish: Wish, facts: Facts, track: Track) -> Mapping[str, str]:
+    """Returns the adapter's files that are left out, and why. Raises Failure, and leaves what was at `folder`, when a
+    file does not load back equal."""
     from finetune.publishing.card import card
 
     beside = folder.with_name(f".unfinished-{folder.name}")
@@ -85,6 +85,7 @@ def make(folder: Path, wish: Wish, facts: Facts, track: Track) -> None:
         disk.write_text(beside / RECORD, json.dumps(_record(wish, facts)) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
+        return release.left
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -110,8 +111,8 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
     from_noise = bool(facts.adapter and facts.flat.get("zero_terminal_snr"))
     if from_noise:
         sampling.begin_at_noise(family)
-    kept = _adapter_files(folder, wish, facts, family) if facts.adapter else _model_files(folder, wish, facts, family)
-    drawn_with = folder / DIFFUSERS if facts.adapter else None
+    written = _adapter_files(folder, wish, facts, family) if facts.adapter else None
+    drawn_with = folder / written.shown if written else None
     brush = drawing.Brush(
         family, facts.model if facts.adapter else wish.repo, table.get("revision"), drawn_with,
         wish.steps, wish.guidance, wish.size, from_noise,
@@ -125,7 +126,7 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
     release = Release(
         repo=wish.repo,
         title=wish.title or given.get("title") or wish.name,
-        adapts=facts.adapter is not None,
+        kind=written.kind if written else None,
         base=wish.base or facts.base,
         revision=given.get("revision"),
         family=edition.title,
@@ -134,7 +135,9 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
         webui=edition.webui if known else "Unknown",
         words=facts.words,
         license=_license(wish.license or given.get("license"), wish.base or facts.base),
-        files=kept,
+        files=written.readers if written else _model_files(folder, wish, facts, family),
+        strangers=written.strangers if written else {},
+        left=written.left if written else {},
         drawn=drawn,
         drawing={"scheduler": brush.scheduler, "steps": str(wish.steps), "guidance": f"{wish.guidance:g}"},
         strength=strength,
@@ -147,33 +150,23 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
         embedded=facts.embedded,
         from_noise=from_noise,
     )
-    if release.adapts:
+    if written and release.main in written.readers:
         shutil.copy(folder / drawn[0].file, folder / f"{wish.name}.preview.png")
-        sidecar.write(folder, release, folder / f"{wish.name}.safetensors")
+        sidecar.write(folder, release, folder / release.main)
     return release
 
 
-def _adapter_files(folder: Path, wish: Wish, facts: Facts, family: Family) -> dict[str, str]:
-    """The adapter by each program's names, each loaded back. The one for diffusers stays on the model."""
-    from finetune import engine, export
+def _adapter_files(folder: Path, wish: Wish, facts: Facts, family: Family) -> Files:
+    from finetune import engine
     from finetune.export import formats
+    from finetune.publishing import files
     from finetune.publishing.drawing import ADAPTER
 
     assert facts.adapter is not None
-    adapter, dtype = formats.read(facts.adapter), engine.DTYPES[wish.dtype]
-    kept = {f"{wish.name}.safetensors": "kohya", DIFFUSERS: "diffusers"}
-    for form in kept.values():
-        if reason := formats.refused(adapter, form, type(family)):
-            raise reason
-    for name, form in kept.items():
-        export.convert(adapter, folder / name, form, metadata=adapter.metadata, dtype=dtype, family=type(family))
-        export.attach(family, folder / name, ADAPTER if form == "diffusers" else form)
-        if form != "diffusers":
-            family.pipeline.delete_adapters(form)
-    return {name: formats.FORMATS[form].title for name, form in kept.items()}
+    return files.write(folder, wish.name, formats.read(facts.adapter), family, engine.DTYPES[wish.dtype], ADAPTER)
 
 
-def _model_files(folder: Path, wish: Wish, facts: Facts, family: Family) -> dict[str, str]:
+def _model_files(folder: Path, wish: Wish, facts: Facts, family: Family) -> Mapping[str, tuple[str, ...]]:
     """The diffusers folder as the run wrote and verified it: its weights linked, where the disk can, not copied. Where
     it is wished for, the same as one file."""
     for file in facts.result:
@@ -183,7 +176,7 @@ def _model_files(folder: Path, wish: Wish, facts: Facts, family: Family) -> dict
             os.link(file, target)
         except OSError:
             shutil.copy(file, target)
-    kept = {"model_index.json": "the whole model, as diffusers loads it"}
+    kept = {"model_index.json": ("the whole model, as diffusers loads it",)}
     if not wish.single_file:
         return kept
     from finetune import engine, export
@@ -192,7 +185,7 @@ def _model_files(folder: Path, wish: Wish, facts: Facts, family: Family) -> dict
     name = f"{wish.name}.safetensors"
     told = metadata.of_run(family, facts.settings, None)
     export.single_file(family, folder / name, dtype=engine.DTYPES[wish.dtype], metadata=told)
-    return {name: "the whole model as one checkpoint: A1111, ComfyUI, Forge, InvokeAI, diffusers", **kept}
+    return {name: ("the whole model as one checkpoint: A1111, ComfyUI, Forge, InvokeAI, diffusers",), **kept}
 
 
 def _license(given: str | None, base: str | None) -> dict[str, str]:

@@ -22,8 +22,8 @@ class Release:
     repo: str
     """user/name on the hub"""
     title: str
-    adapts: bool
-    """Whether an adapter is published; else a whole model."""
+    kind: str | None
+    """Of adapter: LoRA, DoRA, ...; None: a whole model is published."""
     base: str | None
     """The base's hub name, where it has one"""
     revision: str | None
@@ -38,11 +38,15 @@ class Release:
     """Triggers, or the prompts that stand for them"""
     license: Mapping[str, str]
     """`license`, `license_name` and `license_link`, as the hub has them; empty where it is not known"""
-    files: Mapping[str, str]
-    """What each file is for"""
+    files: Mapping[str, Sequence[str]]
+    """Who reads each file, or what it is for"""
     drawn: Sequence[Drawn]
     drawing: Mapping[str, str]
     """How the pictures were drawn"""
+    strangers: Mapping[str, str] = field(default_factory=dict)
+    """Programs that read none of them, and why"""
+    left: Mapping[str, str] = field(default_factory=dict)
+    """Files that others of the kind have and that are left out, and why"""
     strength: str | None = None
     """The picture of strengths"""
     training: Mapping[str, str] = field(default_factory=dict)
@@ -56,6 +60,19 @@ class Release:
     """Whether the base is `toybox`"""
     from_noise: bool = False
     """Whether it must be drawn from pure noise (--zero-terminal-snr)"""
+
+    @property
+    def adapts(self) -> bool:
+        return self.kind is not None
+
+    @property
+    def main(self) -> str:
+        """The adapter for the programs with windows, which stands beside its sidecars."""
+        return f"{self.name}.safetensors"
+
+    def read_by(self, *programs: str) -> str | None:
+        """The first file that one of these reads."""
+        return next((file for file, readers in self.files.items() if set(programs) & set(readers)), None)
 
     @property
     def name(self) -> str:

@@ -17,6 +17,7 @@ from finetune import adapters, cli, export, families, keys
 from finetune.adapters import NAME
 from finetune.errors import Failure, Fault
 from finetune.export import compare, formats, naming
+from finetune.export import metadata as headers
 from finetune.export.formats import kohya
 from finetune.export.reading import adaptable
 from finetune.families import Family, Source
@@ -57,6 +58,9 @@ def test_pefts_layers_and_lycoris_answer_alike(
     state, parts = load_file(file), adaptable(family)
     known = formats.read(file)
     assert {layer.kind for layer in known} == {method.partition("-")[0].replace("dora", "lora")}
+    told = json.loads(known.metadata.get("ss_network_args", "{}"))
+    assert told.get("algo", "lora") == method.partition("-")[0].replace("dora", "lora")
+    assert ("dora_wd" in told) == (method == "dora")
     for layer in known:
         module = parts[layer.part].get_submodule(naming.held(parts[layer.part], layer.path))
         assert isinstance(module, BaseTunerLayer)
@@ -185,9 +189,11 @@ def test_commands_take_files_of_all_kinds(
     """`inspect` and `verify` name the kind, `generate` draws with it at any strength, `convert` says what cannot be."""
     model, file = str(tiny_models["sd"]), tmp_path / "a.safetensors"
     for method, title in (("lokr", "LoKr"), ("oft", "OFT")):
-        export.adapter(trained(tiny_models["sd"], method), file, settings={})
+        export.adapter(trained(tiny_models["sd"], method), file, settings={"adapter": {"method": method, "factor": 2}})
         cli.main(["inspect", str(file), "--json"])
-        assert json.loads(capsys.readouterr().out)["kinds"].keys() == {title}
+        told = json.loads(capsys.readouterr().out)
+        assert (told["kinds"].keys(), told["settings"]["method"]) == ({title}, method)
+        assert ("ss_network_module" in told["metadata"]) == (method != "oft"), "none of sd-scripts makes it"
         cli.main(["verify", str(file), "--model", model])
         assert "Nothing is wrong with what could be asked" in " ".join(capsys.readouterr().out.split())
         pictures = {}
@@ -205,7 +211,9 @@ def test_commands_take_files_of_all_kinds(
         assert f"diffusers loads LoRA and DoRA only, not {title}" in said and "--to-lora RANK" in said
         words = ["--format", "diffusers", "--to-lora", "4", "--model", model]
         cli.main(["convert", str(file), str(tmp_path / f"{method}.safetensors"), *words])
-        assert {layer.kind for layer in formats.read(tmp_path / f"{method}.safetensors")} == {"lora"}
+        made = formats.read(tmp_path / f"{method}.safetensors")
+        assert {layer.kind for layer in made} == {"lora"}
+        assert not {"method", "factor"} & headers.own(made.metadata).keys(), "of what it was before"
         capsys.readouterr()
     with pytest.raises(SystemExit):
         cli.main(["convert", str(file), str(tmp_path / "c.safetensors"), "--format", "kohya", "--to-lora", "4"])

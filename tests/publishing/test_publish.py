@@ -25,11 +25,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from finetune import weights
+from finetune import families, weights
 from finetune.cli import main
 from finetune.evaluation.tables import Figure, State, Table, to_json
-from finetune.export import formats
-from finetune.export.compare import other_changes
+from finetune.export import attach, formats
+from finetune.export.compare import difference, encoding, other_changes, prediction
 from finetune.families import FAMILIES
 from finetune.pictures import read_settings
 from finetune.publishing import upload
@@ -190,6 +190,57 @@ def test_sidecars_and_checksums(made: Path) -> None:
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {name for _, name in lines} == there - {"checksums.txt", ".publish.json"}
     assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for digest, name in lines)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "readers", "left"),
+    [
+        ("sd", ["--method", "loha", "--text-encoder-lr", "1e-3"],
+         {"sks-house.safetensors": "ComfyUI, A1111, Forge, InvokeAI", "sks-house-peft.safetensors": "PEFT, finetune"},
+         ["pytorch_lora_weights.safetensors"]),
+        ("sd", ["--method", "dora"], {"pytorch_lora_weights.safetensors": "diffusers"}, ["sks-house.safetensors"]),
+        ("klein", [], {"pytorch_lora_weights.safetensors": "diffusers"}, ["sks-house.safetensors"]),
+        ("flux", ["--method", "oft"], {"sks-house-peft.safetensors": "PEFT, finetune"},
+         ["sks-house.safetensors", "pytorch_lora_weights.safetensors"]),
+    ],
+    ids=["loha", "dora", "klein", "oft"],
+)  # fmt: skip
+def test_of_every_method_there_is_what_a_program_reads(
+    kind: str, flags: list[str], readers: dict[str, str], left: list[str], run: Path,
+    tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The card names for each file the programs that read it rightly, and no others; PEFT's lines in it do."""
+    mine = tmp_path / "run"
+    main(["train", "lora", "--model", str(tiny_models[kind]), "--data", str(run.parent / "Zuhause"), "--no-prior",
+          "--prompt", "a photo of sks house", "--steps", "2", "--rank", "4", "--lr", "1e-1", "--tracker", "none",
+          "--resolution", "64", "--output", str(mine), *flags])  # fmt: skip
+    capsys.readouterr()
+    main(["publish", str(mine), "--repo", REPO, *DRAW, "--base-model", "a/b"])
+    told = [line.removeprefix("left out: ") for line in capsys.readouterr().out.splitlines() if "left out:" in line]
+    folder, trained = mine / "publish", formats.read(mine / "adapter.safetensors")
+    assert [line.partition(":")[0] for line in told] == left
+    assert {file.name for file in folder.glob("*.safetensors")} == readers.keys()
+    assert (folder / "sks-house.json").exists() == ("sks-house.safetensors" in readers)
+    for name in readers:
+        assert not other_changes(trained, formats.read(folder / name), torch.float16)
+    page = Page(MarkdownIt("commonmark", {"html": True}).enable("table").render((folder / "README.md").read_text()))
+    assert all(f"{name}\n{programs}\n" in page.text for name, programs in readers.items())
+    spoken = {"AUTOMATIC1111": "A1111", "ComfyUI:": "ComfyUI", "load_lora_weights": "diffusers", "PEFT,": "PEFT"}
+    for word, program in spoken.items():
+        assert (word in page.text) == any(program in programs for programs in readers.values()), word
+    assert f"An adapter ({trained.layers[0].said})" in page.text
+    if "PEFT" in "".join(readers.values()):
+        pipeline = DiffusionPipeline.from_pretrained(tiny_models[kind])
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file: str(folder / file))
+        lines = page.text.partition("import json\n")[2].partition("picture =")[0]
+        exec(f"import json\n{lines}", {"pipeline": pipeline})
+        theirs, ours = families.wrap(pipeline), families.load(families.Source(str(tiny_models[kind])))
+        before = prediction(ours)
+        attach(ours, mine / "adapter.safetensors", "ours")
+        gap = difference(prediction(ours), prediction(theirs))
+        assert gap < 2e-3 and gap < 0.1 * difference(before, prediction(ours))
+        if ours.trained_text_encoders and "--text-encoder-lr" in flags:
+            assert difference(encoding(ours), encoding(theirs)) < 2e-3
 
 
 def test_a_whole_model_is_published_as_diffusers_loads_it(
