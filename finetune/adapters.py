@@ -14,7 +14,7 @@ from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from finetune import engine, families, keys, methods
+from finetune import butterfly, engine, families, keys, methods
 from finetune.errors import Fault
 from finetune.families import Family
 from finetune.quiet import quiet
@@ -72,6 +72,7 @@ def adapt(family: Family, adapter: Adapter, lr: float, text_encoder_lr: float | 
         module, config = getattr(family.pipeline, part), methods.METHODS[adapter.method].config(adapter, places)
         with keys.seeded(seed, "adapter", part):
             module.add_adapter(config, NAME)
+        butterfly.share(module)
         if adapter.init != "default":
             _begin(module, adapter, config)
         cast_training_params(module, torch.float32)

@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
+from peft import BOFTConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
 from torch import Tensor, nn
 
+from finetune import butterfly
 from finetune.errors import Fault
 from finetune.settings import Adapter
 
@@ -56,6 +57,8 @@ def check(adapter: Adapter) -> None:
         raise Fault(f"--rank-pattern {wrong[0]}: a rank is a whole number, at least 1.")
     if adapter.factor == 0 or adapter.factor < -1:
         raise Fault(f"--factor {adapter.factor}: -1, or a number of parts, from 2; 4 to 16 is usual.")
+    if adapter.butterflies < 1:
+        raise Fault(f"--butterflies {adapter.butterflies}: at least 1; 2 is usual.")
     alphas(adapter)
     for field in fields(Adapter):
         set_here = getattr(adapter, field.name) != field.default
@@ -166,6 +169,22 @@ def _oft(adapter: Adapter, places: Places) -> PeftConfig:
     return OFTConfig(module_dropout=adapter.dropout, target_modules=list(places), **blocks)
 
 
+def _boft(adapter: Adapter, places: Places) -> PeftConfig:
+    """Each weight's inputs must be parted into pairs of blocks, and these into pairs, for each factor but the first."""
+    butterfly.use()
+    group = adapter.rank * 2 ** (adapter.butterflies - 1)
+    for path, place in places.items():
+        inputs = int(place.module.get_parameter("weight")[0].numel())
+        if inputs % group or (adapter.butterflies > 1 and adapter.rank % 2):
+            raise Fault(
+                f"--rank {adapter.rank} --butterflies {adapter.butterflies}: {path} has {inputs} inputs, which are no "
+                f"multiple of {group}, or cannot be paired. The rank must be even, and its double as often as there "
+                "are butterflies after the first must divide them. Lower the one or the other."
+            )
+    blocks = {"boft_block_size": adapter.rank, "boft_n_butterfly_factor": adapter.butterflies}
+    return BOFTConfig(boft_dropout=adapter.dropout, target_modules=list(places), **blocks)
+
+
 RANKS = frozenset({"rank_pattern", "alpha_pattern", "conv_rank", "dropout"})
 METHODS = {
     "lora": Method("LoRA", _lora, RANKS | {"rslora", "init", "lora_plus_ratio"}),
@@ -173,6 +192,7 @@ METHODS = {
     "loha": Method("LoHa", _loha, RANKS),
     "lokr": Method("LoKr", _lokr, RANKS | {"factor"}),
     "oft": Method("OFT", _oft, frozenset({"dropout"})),
+    "boft": Method("BOFT", _boft, frozenset({"dropout", "butterflies"})),
     "ia3": Method("(IA)3", _ia3, frozenset()),
 }
 """Adding one: its line here and in `settings.Method`; how its layers are read in `finetune.export.carried`; if no other

@@ -13,7 +13,7 @@ from tyro.conf import Suppress, arg
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "cosine", "linear", "polynomial"]
-Method = Literal["lora", "dora", "loha", "lokr", "oft", "ia3"]
+Method = Literal["lora", "dora", "loha", "lokr", "oft", "boft", "ia3"]
 Part = Literal[
     "attention", "self-attention", "cross-attention", "kv", "feed-forward", "norm", "conv", "down", "mid", "up"
 ]
@@ -186,7 +186,8 @@ class Adapter:
     `dora`: the same, each row's length trained beside it (Liu et al. 2024, 2402.09353). `loha`: the product, entry by
     entry, of two such products (Hyeon-Woo et al. 2021, 2108.06098). `lokr`: a Kronecker product (Yeh et al. 2023,
     2309.14859), the smallest that still changes whole matrices. `oft`: what goes into a layer is turned, in blocks of
-    `--rank` (Qiu et al. 2023, 2306.07280), which keeps angles between the rows. `ia3`: a factor for each row or column
+    `--rank` (Qiu et al. 2023, 2306.07280), which keeps angles between the rows. `boft`: turned several times, in blocks
+    that overlap as a butterfly's wings (Liu et al. 2023, 2311.06243). `ia3`: a factor for each row or column
     (Liu et al. 2022, 2205.05638), the smallest files. docs/methods.md says when to take which."""
     rank: int = 16
     """Rank of the thin matrices: more follows finer detail, and forgets the base sooner. (IA)3 has none."""
@@ -204,11 +205,14 @@ class Adapter:
     """Rank-stabilised: scaled by alpha / sqrt(rank), so that high ranks learn no slower (Kalajdzievski 2023,
     2312.03732)."""
     dropout: float = 0.0
-    """Share of the adapter's inputs (LoHa, LoKr: of the change's rows; OFT: of the blocks) that are dropped while
+    """Share of the adapter's inputs (LoHa, LoKr: of the change's rows; OFT, BOFT: of the blocks) that are dropped while
     training."""
     factor: int = -1
     """Of LoKr: into how many parts the sides of a weight are divided for the first factor; 4 to 16 is usual, fewer is a
     larger file. -1: such that both factors are as alike as can be, the smallest file."""
+    butterflies: int = 2
+    """Of BOFT: how often inputs are turned. Each time doubles the inputs that have to do with one another, and takes as
+    many weights again."""
     init: Literal["default", "pissa", "olora"] = "default"
     """What it begins with. `default`: a change of zero. `pissa`: the largest singular values of the weight (Meng et al.
     2024, 2404.02948), `olora`: its QR factors (Buyukakyuz 2024, 2406.01775), both taken off again, so that the base

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.boft.layer import BOFTLayer
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.loha import LoHaLayer
 from peft.tuners.lokr import LoKrLayer
@@ -72,10 +73,15 @@ def _oft(layer: Any, name: str) -> Told:
     return {"oft_R.weight": layer.oft_R[name].weight}, None
 
 
+def _boft(layer: Any, name: str) -> Told:
+    return {"boft_R": layer.boft_R[name], "boft_s": layer.boft_s[name]}, None
+
+
 TOLD: dict[type, Callable[[Any, str], Told]] = {
     LoraLayer: _lora,
     LoHaLayer: _lycoris,
     LoKrLayer: _lycoris,
     IA3Layer: _ia3,
     OFTLayer: _oft,
+    BOFTLayer: _boft,
 }

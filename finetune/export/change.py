@@ -26,10 +26,10 @@ class Kind:
     """Names of its tensors; any of these sets is whole."""
     rank: Callable[[Shapes], int | None]
     """What alpha is divided by; None where a scale of 1 stands whatever alpha says."""
-    change: Callable[[Tensors], Tensor]
-    """The change without its scale; of kinds that act on the weight, what acts on it."""
-    act: Callable[[Tensor, Tensor], Tensor] | None = None
-    """Of what acts, and a weight (out, in): the change. None for kinds that need no weight."""
+    change: Callable[[Tensors], Tensor] | None
+    """The change without its scale; None for kinds that act on the weight."""
+    act: Callable[[Tensors, Tensor], Tensor] | None = None
+    """Of these, the change of a weight (out, in)."""
     sides: Callable[[Shapes], tuple[int | None, int | None]] | None = None
     """Of kinds that act on the weight: what their tensors tell of its shape."""
 
@@ -66,23 +66,44 @@ def difference(t: Tensors) -> Tensor:
     return t["diff"].float().flatten(1)
 
 
-def factors(t: Tensors) -> Tensor:
-    """l - 1, (1, in) or (out, 1), where a weight becomes l W (Liu et al. 2022, 2205.05638, section 3.3)."""
-    row = t["weight"].float().flatten()[None]
-    return row if t["on_input"].item() else row.T
+def factors(t: Tensors, weight: Tensor) -> Tensor:
+    """l W - W; l - 1 is kept, of columns or rows (Liu et al. 2022, 2205.05638, section 3.3)."""
+    row = t["weight"].to(weight).flatten()[None]
+    return weight * (row if t["on_input"].item() else row.T)
 
 
-def rotation(t: Tensors) -> Tensor:
-    """R - I, (in, in), where a weight becomes W R' (Qiu et al. 2023, 2306.07280): R of blocks (I - S) (I + S)^-1, which
-    are rotations, as S is skew (Cayley)."""
-    vectors = t["oft_R.weight"].float()
+def oft(t: Tensors, weight: Tensor) -> Tensor:
+    """W R' - W, with R of rotations along its diagonal (Qiu et al. 2023, 2306.07280)."""
+    vectors = t["oft_R.weight"].to(weight)
     side = block_side(vectors.shape[1])
     rows, columns = torch.triu_indices(side, side, 1)
-    half = torch.zeros(len(vectors), side, side)
-    half[:, rows, columns] = vectors.cpu()
-    skew, one = half - half.mT, torch.eye(side).expand_as(half)
-    blocks = torch.linalg.solve(one + skew, one - skew, left=False)
-    return torch.block_diag(*(blocks - one))
+    half = vectors.new_zeros(len(vectors), side, side)
+    half[:, rows, columns] = vectors
+    return turned(weight, rotations(half - half.mT)) - weight
+
+
+def boft(t: Tensors, weight: Tensor) -> Tensor:
+    """s W (B_m ... B_1)' - W (Liu et al. 2023, 2311.06243, eq. 5), s of rows. B_i turns as OFT's R does, in blocks of
+    half of b inputs and those of the half-blocks' 2^(i-1)th next."""
+    blocks = t["boft_R"].to(weight)  # (m, in / b, b, b)
+    made, half = weight, blocks.shape[-1] // 2
+    for number, factor in enumerate(blocks):
+        pairs = (-1, 2, 2**number, half) if number else (-1, 1, 1, blocks.shape[-1])
+        parted = made.unflatten(1, pairs).transpose(2, 3)
+        moved = turned(parted.flatten(1), rotations((factor - factor.mT) / 2))
+        made = moved.view(parted.shape).transpose(2, 3).flatten(1)
+    return t["boft_s"].to(weight).reshape(-1, 1) * made - weight
+
+
+def rotations(skew: Tensor) -> Tensor:
+    """(I - S) (I + S)^-1 of skew S (..., b, b), by Cayley."""
+    one = torch.eye(skew.shape[-1]).to(skew).expand_as(skew)
+    return torch.linalg.solve(one + skew, one - skew, left=False)
+
+
+def turned(weight: Tensor, blocks: Tensor) -> Tensor:
+    """W R' of a weight (out, in) and R's blocks (in / b, b, b)."""
+    return torch.einsum("onq,npq->onp", weight.unflatten(1, blocks.shape[:2]), blocks).flatten(1)
 
 
 def block_side(numbers: int) -> int:
@@ -93,6 +114,11 @@ def block_side(numbers: int) -> int:
 def _turned(shapes: Shapes) -> tuple[None, int]:
     count, numbers = shapes["oft_R.weight"]
     return None, count * block_side(numbers)
+
+
+def _wings(shapes: Shapes) -> tuple[int, int]:
+    _, count, side, _ = shapes["boft_R"]
+    return shapes["boft_s"][0], count * side
 
 
 def weighed(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
@@ -146,10 +172,9 @@ KINDS = {
         _kronecker_rank,
         lokr,
     ),
-    "ia3": Kind(
-        "(IA)3", _sets("weight on_input"), lambda shapes: None, factors, torch.mul, lambda shapes: (None, None)
-    ),
-    "oft": Kind("OFT", _sets("oft_R.weight"), lambda shapes: None, rotation, lambda turn, w: w @ turn.T, _turned),
+    "ia3": Kind("(IA)3", _sets("weight on_input"), lambda shapes: None, None, factors, lambda shapes: (None, None)),
+    "oft": Kind("OFT", _sets("oft_R.weight"), lambda shapes: None, None, oft, _turned),
+    "boft": Kind("BOFT", _sets("boft_R boft_s"), lambda shapes: None, None, boft, _wings),
     "diff": Kind("whole difference", _sets("diff"), lambda shapes: None, difference),
 }
 """Adding one: a formula above and its line here."""

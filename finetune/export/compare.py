@@ -105,6 +105,7 @@ def _same_factors(one: Layer, other: Layer, dtype: torch.dtype) -> bool:
 def _change_and_size(layer: Layer) -> tuple[Tensor, Tensor]:
     """The change without DoRA, and the same of the tensors' absolute values."""
     tensors, formula = layer.tensors(), KINDS[layer.kind].change
+    assert formula is not None
     size = formula({name: tensor.abs() for name, tensor in tensors.items()})
     return (layer.scale * formula(tensors)).cpu(), (abs(layer.scale) * size).cpu()
 

@@ -54,6 +54,7 @@ class Layer:
         """
         if self._known.sides is not None:
             return self._known.sides(self.shapes)
+        assert self._known.change is not None
         hollow = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
         try:
             rows, columns = self._known.change(hollow).shape
@@ -83,14 +84,15 @@ class Layer:
     def change(self, weight: Tensor | None = None) -> Tensor:
         """What is added to the layer's weight: (out, in * ...), float32. Kinds that act on the weight need it."""
         tensors = self.tensors()
-        made = self.scale * self._known.change(tensors)
-        if not self.acts:
-            return made
+        if not self.acts and self._known.change is not None:
+            return self.scale * self._known.change(tensors)
         if weight is None:
             self.require_free()
             raise AssertionError
         if self._known.act is not None:
-            made = self._known.act(made.to(weight.device), weight.float().flatten(1))
+            made = self._known.act(tensors, weight.float().flatten(1))
+        elif self._known.change is not None:
+            made = self.scale * self._known.change(tensors)
         return change.weighed(weight, made, tensors[MAGNITUDE]) if MAGNITUDE in tensors else made
 
     @property

@@ -30,9 +30,12 @@ METHODS = {
     "lokr": Adapter("lokr", rank=4, alpha=2.0, conv_rank=2),
     "lokr-1": Adapter("lokr", rank=1, alpha=2.0, factor=2),
     "oft": Adapter("oft", rank=4),
+    "boft": Adapter("boft", rank=4),
     "ia3": Adapter("ia3"),
 }
 """LoKr once with two whole factors, once with one in two halves"""
+TURNED = ("oft", "boft")
+"""What LyCORIS has no names for"""
 
 
 def trained(folder: Path, method: str) -> Family:
@@ -47,7 +50,7 @@ def trained(folder: Path, method: str) -> Family:
     return family
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "oft"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in TURNED])
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_pefts_layers_and_lycoris_answer_alike(
     kind: str, method: str, tiny_models: dict[str, Path], tmp_path: Path
@@ -87,7 +90,7 @@ def by_lycoris(state: dict[str, Tensor], name: str, base: nn.Module) -> nn.Modul
     return made.eval()
 
 
-@pytest.mark.parametrize("method", ["loha", "lokr", "lokr-1", "oft", "ia3"])
+@pytest.mark.parametrize("method", ["loha", "lokr", "lokr-1", "oft", "boft", "ia3"])
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
 def test_peft_loads_its_file(kind: str, method: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     """As docs/methods.md says, by what its header tells, on the base: the same answers."""
@@ -122,8 +125,8 @@ def test_transformers_take_every_method(kind: str, method: str, tiny_models: dic
     if kind in ("sd3", "flux") and method == "lora":
         export.adapter(family, file, settings={}, form="kohya")
         return
-    said = "what goes into a layer" if method == "oft" else "only a plain LoRA can be"
-    with pytest.raises(Fault, match=said if kind in ("sd3", "flux") or method == "oft" else "no names in kohya's"):
+    said = "what goes into a layer" if method in TURNED else "only a plain LoRA can be"
+    with pytest.raises(Fault, match=said if kind in ("sd3", "flux") or method in TURNED else "no names in kohya's"):
         export.adapter(family, file, settings={}, form="kohya")
 
 

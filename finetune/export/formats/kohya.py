@@ -80,11 +80,11 @@ def entries(adapter: Adapter, family: type[Family], dtype: torch.dtype | None) -
     """The file's tensors: one alpha in it, as diffusers takes one for all; where a layer's scale is another, its
     weights are multiplied."""
     common, made = _common_alpha(adapter), dict[str, Entry]()
-    if turned := [layer for layer in adapter if layer.kind == "oft"]:
+    if turned := [layer for layer in adapter if layer.kind in ("oft", "boft")]:
         raise Fault(
-            f"{turned[0].name}: PEFT's OFT turns what goes into a layer, LyCORIS's what comes out: no name here means "
-            "it. Take the format peft, a whole model, or the nearest LoRA: `finetune convert FILE OUT --to-lora "
-            "RANK --model BASE`."
+            f"{turned[0].name}: PEFT's {turned[0].title} turns what goes into a layer, LyCORIS's what comes out: no "
+            "name here means it. Take the format peft, a whole model, or the nearest LoRA: `finetune convert FILE OUT "
+            "--to-lora RANK --model BASE`."
         )
     for name, places in _joint(adapter, family).items():
         if len(shares := _shares(name, family)) > 1:

@@ -27,10 +27,12 @@ from finetune.families import Family
 HEADER = "peft_config"
 """The header's key: for each part the fields of PEFT's configuration, as JSON."""
 FACTORS = "ia3_l"
+FINE = ("boft_s",)
+"""Factors near 1, kept in float32: half-precision numbers are too coarse there for what was learned"""
 TENSORS = (
     *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     *("lokr_w1_a", "lokr_w1_b", "lokr_w1", "lokr_w2_a", "lokr_w2_b", "lokr_w2", "lokr_t2"),
-    *("oft_R.weight", FACTORS),
+    *("oft_R.weight", "boft_R", "boft_s", FACTORS),
 )
 KNOWN = re.compile(rf"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<tensor>{'|'.join(map(re.escape, TENSORS))})")
 
@@ -80,7 +82,8 @@ def entries(adapter: Adapter, family: type[Family], dtype: torch.dtype | None) -
         folded = next((tensor for tensor in FOLDED if tensor in layer.shapes), None)
         for tensor, shape in layer.shapes.items():
             times = layer.scale if tensor == folded else 1.0
-            made[f"{layer.name}.{tensor}"] = layer.entry(tensor, shape, dtype, times)
+            kept = torch.float32 if tensor in FINE else dtype
+            made[f"{layer.name}.{tensor}"] = layer.entry(tensor, shape, kept, times)
     return made
 
 
@@ -92,7 +95,7 @@ def metadata(adapter: Adapter, family: type[Family]) -> dict[str, str]:
     """Raises Fault for kinds that have no place here, and when PEFT cannot be told the shapes."""
     for layer in adapter:
         if layer.kind not in CONFIGS or MAGNITUDE in layer.shapes:
-            raise Fault(f"{layer.name}: the format peft is for LoHa, LoKr, OFT and (IA)3, not for {layer.said}.")
+            raise Fault(f"{layer.name}: the format peft is for LoHa, LoKr, OFT, BOFT and (IA)3, not for {layer.said}.")
     configs = {}
     for part in adapter.parts:
         layers = [layer for layer in adapter if layer.part == part]
@@ -115,7 +118,7 @@ def _factors(file: File, part: str, path: str, key: str) -> Layer:
 
 
 def _factors_entry(layer: Layer) -> Entry:
-    """In float32: near 1, a half-precision number is too coarse for what was learned."""
+    """As `FINE` says."""
     size = layer.shapes["weight"][-1]
     shape = (1, size) if layer.load("on_input").item() else (size, 1)
     return Entry(shape, torch.float32, lambda: 1 + layer.load("weight").float().reshape(shape))
@@ -167,6 +170,14 @@ def _oft(layers: Sequence[Layer]) -> dict[str, Any]:
     raise Fault(f"{layers[0].name}: OFT in blocks that PEFT does not make.")
 
 
+def _boft(layers: Sequence[Layer]) -> dict[str, Any]:
+    shapes = {(layer.shapes["boft_R"][0], layer.shapes["boft_R"][2]) for layer in layers}
+    if len(shapes) > 1:
+        raise Fault(f"{layers[0].name}: BOFT in blocks of several sizes, where PEFT has one for all of a model.")
+    [(factors, side)] = shapes
+    return {"peft_type": "BOFT", "boft_block_size": side, "boft_n_butterfly_factor": factors}
+
+
 def _block(whole: int, block: int) -> int:
     """The side of the blocks that PEFT takes where it is told another one."""
     fits = block <= whole and whole % block == 0
@@ -189,5 +200,6 @@ CONFIGS: dict[str, Callable[[Sequence[Layer]], dict[str, Any]]] = {
     "loha": _loha,
     "lokr": _lokr,
     "oft": _oft,
+    "boft": _boft,
     "ia3": _ia3,
 }
