@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -23,10 +24,11 @@ class Config:
     """The adapter, in any format."""
     out: Positional[Path]
     """The .safetensors file to write."""
-    format: Format
-    """`kohya` for A1111, ComfyUI, Forge, InvokeAI and sd-scripts; `diffusers` for diffusers and PEFT."""
+    format: Literal[Format, "peft"]
+    """`kohya` for A1111, ComfyUI, Forge, InvokeAI and sd-scripts; `diffusers` for diffusers and PEFT; `peft` for PEFT,
+    of kinds that diffusers does not load."""
     to_lora: int | None = None
-    """Make a plain LoRA of this rank out of any kind (LoHa, LoKr, DoRA), by singular values; the error is stated."""
+    """Make a plain LoRA of this rank out of any kind (LoHa, OFT, DoRA ...), by singular values; the error is stated."""
     precision: Precision | None = None
     """Precision of the tensors. Default: their own."""
     base: Base = field(default_factory=Base)

@@ -30,7 +30,7 @@ class Config:
     into_base: bool = False
     """Write the base model with the adapters merged into its weights, as a diffusers folder. Needs --model."""
     format: Format | None = None
-    """Format of the result. Default: as the first file."""
+    """Format of the result. Default: as the first file, `diffusers` where that is in PEFT's own."""
     precision: Precision | None = None
     """Precision of the result. Default: the finest of the files'; of a model, fp32."""
     base: Base = field(default_factory=Base)

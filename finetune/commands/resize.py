@@ -29,7 +29,7 @@ class Config:
     energy: float | None = None
     """Each layer gets the rank that keeps this share of its change (of the sum of its squared singular values)."""
     format: Format | None = None
-    """Format of the result. Default: as the file."""
+    """Format of the result. Default: as the file, `diffusers` where that is in PEFT's own."""
     precision: Precision | None = None
     """Precision of the result. Default: as the file."""
     base: Base = field(default_factory=Base)

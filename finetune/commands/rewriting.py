@@ -71,10 +71,11 @@ def dtype(precision: Precision | None) -> torch.dtype | None:
 
 
 def format_of(path: Path) -> str:
-    """The format of an adapter file, where none is asked for."""
+    """The format of an adapter file, where none is asked for, for a LoRA: PEFT's own has no place for that."""
     from finetune.export import formats
 
-    return formats.format_of(path, weights.read_header(path)[0])
+    found = formats.format_of(path, weights.read_header(path)[0])
+    return "diffusers" if found == "peft" else found
 
 
 def said(made: Made) -> Iterator[str]:

@@ -18,6 +18,7 @@ from finetune.adapters import NAME
 from finetune.errors import Failure, Fault
 from finetune.export import compare, formats, naming
 from finetune.export import metadata as headers
+from finetune.export.change import KINDS
 from finetune.export.formats import kohya
 from finetune.export.reading import adaptable
 from finetune.families import Family, Source
@@ -88,6 +89,25 @@ def by_lycoris(state: dict[str, Tensor], name: str, base: nn.Module) -> nn.Modul
         made = make_module(kind, params, name, base)
     made.org_forward = base.forward
     return made.eval()
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("oft", "diag_oft"), ("boft", "boft")])
+def test_lycoris_turns_outputs_where_peft_turns_inputs(ours: str, theirs: str) -> None:
+    """Ours keeps W W', theirs W'W, and neither keeps the other: no tensors of the one make the change of the other."""
+    from lycoris.modules import get_module, make_module
+
+    base, given = nn.Linear(16, 16), keys.normal((3, 4, 4, 4), 0, "test")
+    state = {"x.oft_blocks": given if ours == "boft" else given[0], "x.alpha": torch.tensor(0.0)}
+    kind, params = get_module(state, "x")
+    assert kind.__module__ == f"lycoris.modules.{theirs}"
+    weight = base.weight.detach()
+    by_them = make_module(kind, params, "x", base).get_merged_weight()[0].detach()
+    act, wings = KINDS[ours].act, {"boft_R": given, "boft_s": torch.ones(16, 1)}
+    assert act is not None
+    by_us = weight + act(wings if ours == "boft" else {"oft_R.weight": given[0, :, :2, :3].flatten(1)}, weight)
+    for made, before in ((by_us, weight), (by_them.T, weight.T)):
+        assert torch.allclose(made @ made.T, before @ before.T, atol=1e-5)
+        assert not torch.allclose(made.T @ made, before.T @ before, atol=1e-2)
 
 
 @pytest.mark.parametrize("method", ["loha", "lokr", "lokr-1", "oft", "boft", "ia3"])
@@ -190,8 +210,9 @@ def test_commands_take_files_of_all_kinds(
     tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`inspect` and `verify` name the kind, `generate` draws with it at any strength, `convert` says what cannot be."""
-    model, file = str(tiny_models["sd"]), tmp_path / "a.safetensors"
+    model = str(tiny_models["sd"])
     for method, title in (("lokr", "LoKr"), ("oft", "OFT")):
+        file = tmp_path / f"{method}-file.safetensors"
         export.adapter(trained(tiny_models["sd"], method), file, settings={"adapter": {"method": method, "factor": 2}})
         cli.main(["inspect", str(file), "--json"])
         told = json.loads(capsys.readouterr().out)
@@ -218,6 +239,12 @@ def test_commands_take_files_of_all_kinds(
         assert {layer.kind for layer in made} == {"lora"}
         assert not {"method", "factor"} & headers.own(made.metadata).keys(), "of what it was before"
         capsys.readouterr()
+    merged = tmp_path / "merged.safetensors"  # the first file is in PEFT's names, which have no place for a LoRA
+    cli.main(["merge", "--adapter", str(file), "--rank", "4", "--model", model, "--output", str(merged)])
+    assert not compare.other_changes(formats.read(merged), made, torch.float32)
+    cli.main(["convert", str(tmp_path / "lokr-file.safetensors"), str(tmp_path / "d.safetensors"), "--format", "peft"])
+    assert formats.format_of(tmp_path / "d.safetensors", load_file(tmp_path / "d.safetensors")) == "peft"
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         cli.main(["convert", str(file), str(tmp_path / "c.safetensors"), "--format", "kohya", "--to-lora", "4"])
     assert "OFT depends on the base's weights. Name the base: --model" in " ".join(capsys.readouterr().err.split())
