@@ -149,12 +149,11 @@ def off(family: Family) -> Iterator[None]:
 @contextmanager
 def at(family: Family, strength: float) -> Iterator[None]:
     """Inside, the adapter's change is so many times as strong; of a method that is `methods.Method.linear`."""
-    layers = [
-        layer for part in adapted(family) for layer in part.modules() if isinstance(layer, LoraLayer | LycorisLayer)
-    ]
+    parts = adapted(family) if strength != 1 else []
+    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, LoraLayer | LycorisLayer)]
     before = [layer.scaling for layer in layers]
     try:
-        for layer in layers if strength != 1 else ():
+        for layer in layers:
             layer.scaling = {name: strength * scale for name, scale in layer.scaling.items()}
         yield
     finally:

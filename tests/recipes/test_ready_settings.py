@@ -46,7 +46,7 @@ def test_ready_settings_train(name: str, pictures: Path, tiny_models: dict[str, 
     ran = tomllib.loads((run / "settings.toml").read_text())
     assert ran["recipe"] == recipe
     changed = {"model", "resolution", "steps", "save_every", "sample_every", "class_images", "class_steps"}
-    changed |= {"target_images"}
+    changed |= {"target_images", "target_steps"}
     for group in asked.keys() - {"recipe"}:
         for key in asked[group].keys() - changed:
             assert ran[group][key] == asked[group][key], f"{group}.{key} of the file is what was run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from measured import batches
 from PIL import Image
 from torch.nn import functional as F
 
-from finetune import adapters, cli, export, families, keys, loop, sliders, weights
+from finetune import adapters, cli, export, families, keys, loop, sampling, sliders, weights
 from finetune.data import encoding, plan
 from finetune.families import Family, Source
 from finetune.pictures import read_settings
 from finetune.settings import Adapter, Captions, Data, Framing, Loss, Slider
+from finetune.toybox.judge import Judge
 
 SETTINGS = Slider("a thing", "a red thing", "a blue thing", ("old", "new"), 2.0, target_images=3, target_steps=1)
 WORDS = ["--target", "a thing", "--positive", "a red thing", "--negative", "a blue thing", "--eta", "3"]
@@ -171,6 +173,27 @@ def test_it_is_not_evaluated(run: Path, capsys: pytest.CaptureFixture[str]) -> N
         cli.main(["evaluate", str(run)])
     assert stop.value.code == 2 and "a slider" in capsys.readouterr().err
     assert (run / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_toyboxs_slider_leads_from_its_one_end_to_the_other(tmp_path: Path) -> None:
+    """As toybox's judge sees it: the further the strength, the more the one prompt, and the cup stays a cup."""
+    ends = "a photo of a cup at night", "a photo of a cup in the snow"
+    words = ["--target", "a photo of a cup", "--positive", ends[0], "--negative", ends[1], "--tracker", "none"]
+    cli.main(["train", "slider", "--config", "slider-toybox-attribute", "--output", str(tmp_path / "run"), *words])
+    family, strengths = families.load(Source("toybox")), (-2.0, -1.0, 0.0, 1.0, 2.0)
+    export.attach(family, tmp_path / "run" / "adapter.safetensors", "slider")
+    judge, apart, scenes = Judge.load(), [], []
+    for strength in strengths:
+        export.set_strengths(family, {"slider": strength})
+        drawn = sampling.sample(family, ["a photo of a cup"] * 8, range(8), steps=20, guidance=2.0, batch=8)
+        apart.append(judge.prompt(drawn, [ends[0]] * 8) - judge.prompt(drawn, [ends[1]] * 8))
+        seen = judge.read(drawn)
+        scenes.append([one["scene"] for one in seen])
+        assert [one["noun"] for one in seen].count("cup") >= 7
+    print(apart, scenes)
+    assert all(later > earlier for earlier, later in itertools.pairwise(apart[:4])) and apart[4] > apart[2] + 0.1
+    assert scenes[0].count("in the snow") >= 6 and scenes[4].count("at night") >= 6
 
 
 @pytest.mark.parametrize(
