@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from finetune import adapters, config, data, export, families, keys, loop, objective, optim, priors, sampling
+    from finetune import (
+        adapters,
+        config,
+        data,
+        export,
+        families,
+        keys,
+        loop,
+        objective,
+        optim,
+        priors,
+        sampling,
+        sliders,
+    )
     from finetune.data.encoding import encode, release_frozen
     from finetune.errors import Failure, Fault
     from finetune.evaluation.during import Measured
@@ -22,7 +35,20 @@ if TYPE_CHECKING:
     from finetune.run import Run
 
 MODULES = [
-    *("adapters", "config", "data", "export", "families", "keys", "loop", "objective", "optim", "priors", "sampling"),
+    *(
+        "adapters",
+        "config",
+        "data",
+        "export",
+        "families",
+        "keys",
+        "loop",
+        "objective",
+        "optim",
+        "priors",
+        "sampling",
+        "sliders",
+    ),
 ]
 HOME = {
     "Failure": "errors",
@@ -64,6 +90,7 @@ __all__ = [
     "priors",
     "release_frozen",
     "sampling",
+    "sliders",
 ]
 
 

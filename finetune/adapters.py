@@ -12,6 +12,7 @@ import torch
 from diffusers.training_utils import cast_training_params
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lycoris_utils import LycorisLayer
 from torch import nn
 
 from finetune import butterfly, engine, families, keys, methods
@@ -144,6 +145,21 @@ def off(family: Family) -> Iterator[None]:
             part.enable_adapters()  # all that is active trains again
         for parameter in kept:
             parameter.requires_grad_(False)
+
+
+@contextmanager
+def at(family: Family, strength: float) -> Iterator[None]:
+    """Inside, the adapter's change is so many times as strong; of a method that is `methods.Method.linear`."""
+    parts = adapted(family) if strength != 1 else []
+    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, LoraLayer | LycorisLayer)]
+    before = [layer.scaling for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling = {name: strength * scale for name, scale in layer.scaling.items()}
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling = scaling
 
 
 PARTS = {

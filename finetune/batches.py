@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,8 @@ from finetune.settings import Loss
 
 Place = tuple[keys.Index, ...]
 """What the draws of a picture follow from, beside the seed and their purpose."""
+Leaning = tuple[tuple[str, float], ...]
+"""Further prompts that the base is asked about, and what its answers weigh."""
 LESSON, HELD = "lesson", "validation"
 """What the place of a lesson, and of a picture that is held out, begins with."""
 
@@ -39,7 +41,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one size that go through the denoiser together, each with its own draws."""
+    """Pictures of one size and strength that go through the denoiser together, each with its own draws."""
 
     captions: list[str]
     latents: Tensor  # (B, C, h, w)
@@ -53,8 +55,22 @@ class Batch:
     lessons: Tensor | None  # (B, C, h, w) what the base predicted, of those that are taught; None: ask it now
     seed: int
     places: list[Place]
+    strength: float = 1.0  # of the adapter
+    leanings: Sequence[Leaning] = ()  # of each picture, beside its caption
     beside: Tensor | None = None  # (B, 1 + C, h, w) what is drawn anew and the latents of the rest
     extra: Tensor | None = None  # (B, C, h, w) noise that is put on the input and is no part of the target
+
+    def asked(self, wanted: Tensor) -> Iterator[tuple[Tensor, list[str], Tensor]]:
+        """What the base is asked about the wanted pictures, (B,) bool, in turns: which, under which captions, and what
+        the answers weigh, (n,)."""
+        rows = wanted.nonzero().flatten().tolist()
+        leanings = self.leanings or [()] * len(self.captions)
+        each = [[(self.captions[row], 1.0), *((text, self.strength * w) for text, w in leanings[row])] for row in rows]
+        for turn in range(max(map(len, each), default=0)):
+            left = [(row, *asked[turn]) for row, asked in zip(rows, each, strict=True) if turn < len(asked)]
+            chosen, captions, weights = zip(*left, strict=True)
+            at = self.timesteps.device
+            yield torch.tensor(chosen, device=at), list(captions), torch.tensor(weights, device=at)
 
     @property
     def input_noise(self) -> Tensor:
@@ -68,12 +84,13 @@ class Batches:
         self.data, self.order, self.timesteps, self.device = data, order, timesteps, device
 
     def make(self, step: int, number: int, parts: int) -> list[Batch]:
-        """One of `parts` equal shares of a step, size by size."""
-        sizes: dict[tuple[int, int], list[Picture]] = {}
+        """One of `parts` equal shares of a step, size by size and strength by strength."""
+        alike: dict[tuple[tuple[int, int], float], list[Picture]] = {}
         for draw in self.order.part(step, number, parts):
             item = self._item(draw)
-            sizes.setdefault(item.size, []).append(self._picture(item, _place(item, step, draw.slot)))
-        return [self._batch(pictures) for pictures in sizes.values()]
+            picture = self._picture(item, _place(item, step, draw.slot))
+            alike.setdefault((item.size, item.example.strength), []).append(picture)
+        return [self._batch(pictures) for pictures in alike.values()]
 
     def lesson(self, item: Item) -> Batch:
         """What the base is asked about beforehand: one picture, at its lesson's own draws."""
@@ -110,6 +127,8 @@ class Batches:
             lessons=self._stacked(lessons) if lessons else None,
             seed=self.order.seed,
             places=[picture.place for picture in pictures],
+            strength=pictures[0].example.strength,
+            leanings=[picture.example.leaning for picture in pictures],
             beside=self._stacked(beside) if beside else None,
         )
 

@@ -30,6 +30,8 @@ from finetune.validation import Validation
 
 Completing = Callable[[Tensor], AbstractContextManager[Any]]
 """Of a step's loss: what its last backward pass goes on in."""
+Acting = Callable[[float], AbstractContextManager[Any]]
+"""Of a strength: what a pass goes on in, the adapter being so strong."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class PictureLoss(nn.Module):
 
         m is 1 inside a picture's mask and `unmasked_weight` outside, base the frozen base's prediction and u
         `unmasked_prior`. Where a picture is taught, the base's prediction is the target (prior preservation without
-        class pictures). With `error`, another error stands for the square.
+        class pictures; with leanings, a slider). With `error`, another error stands for the square.
         """
         settings, objective = settings or self.settings, self.objective
         batch = drawn(batch, settings, objective.timesteps)
@@ -94,18 +96,19 @@ class PictureLoss(nn.Module):
         return loss if weights is None else loss * weights
 
     def base(self, batch: Batch, noised: Tensor, wanted: Tensor) -> Tensor:
-        """What the frozen base predicts of the wanted pictures (B,); zeros for the others. (B, C, h, w)"""
+        """What the frozen base predicts of the wanted pictures (B,) and what they lean to: the weighted sum of its
+        answers; zeros for the others. (B, C, h, w)"""
         base = torch.zeros_like(batch.latents)
         if batch.lessons is not None:
             base[batch.taught] = batch.lessons
             wanted = wanted & ~batch.taught
         if wanted.any():
-            captions = [caption for caption, one in zip(batch.captions, wanted.tolist(), strict=True) if one]
             with torch.no_grad(), adapters.off(self.family):
-                beside = None if batch.beside is None else batch.beside[wanted]
-                conditions = self._conditions(captions, noised.device, beside)
-                told = self.objective.told(batch.timesteps[wanted]), conditions, batch.sizes[wanted]
-                base[wanted] = self.family.predict(noised[wanted], *told).to(base.dtype)
+                for rows, captions, weights in batch.asked(wanted):
+                    beside = None if batch.beside is None else batch.beside[rows]
+                    conditions = self._conditions(captions, noised.device, beside)
+                    told = self.objective.told(batch.timesteps[rows]), conditions, batch.sizes[rows]
+                    base[rows] += _per_picture(weights) * self.family.predict(noised[rows], *told).to(base.dtype)
         return base
 
     def _conditions(self, captions: list[str], device: torch.device, beside: Tensor | None) -> Conditions:
@@ -152,7 +155,8 @@ class Training:
         if train.gradient_checkpointing:
             _checkpoint_activations(family)
         names, beside = set(named(family, groups)), adapters.beside(family)
-        asks = bool(loss.unmasked_prior) or any(i.example.taught and i.example.lesson is None for i in data.companions)
+        every = (*data.subjects, *data.companions)
+        asks = bool(loss.unmasked_prior) or any(i.example.taught and i.example.lesson is None for i in every)
         sharding.require_no_questions(asks, accelerator)
         self.whole = sharding.Whole(family, accelerator)
         self.model, self.optimizer = sharding.prepare(model, optimizer, accelerator, settings.max_grad_norm)
@@ -263,7 +267,8 @@ class Training:
         start, lr, step = time.perf_counter(), optim.rate(self.optimizer), self.done
         early = self.in_backward
         completing: Completing = early.last_pass if early else nullcontext
-        loss = _accumulate(self.model, self.batches, step, self.train, self.accelerator, completing)
+        acting = partial(adapters.at, self.whole.family)
+        loss = _accumulate(self.model, self.batches, step, self.train, self.accelerator, completing, acting)
         norm = early.norm(self.parameters.values()) if early else self._clip()
         torn = early is not None and len(early.optimizer.stepped) > 0
         _require_finite(loss, norm, step, self.batches, self.accelerator, torn)
@@ -343,6 +348,7 @@ def _accumulate(
     train: Train,
     accelerator: Accelerator,
     completing: Completing = nullcontext,
+    acting: Acting = nullcontext,
 ) -> float:
     """Add up the gradients of a step's passes; the loss of the whole step, over all processes."""
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -353,7 +359,8 @@ def _accumulate(
     for number, (part, batch) in enumerate(passes):
         last = number == len(passes) - 1
         adding = nullcontext() if last else sharding.adding_up(model, accelerator)
-        with adding, keys.seeded(train.seed, "forward", step, part):
+        # A strength stays until the gradients are there: what is recomputed for them must be what was computed.
+        with adding, acting(batch.strength), keys.seeded(train.seed, "forward", step, part):
             loss = (batch.shares * model(batch)).sum()
             total += loss.detach()
             with completing(total) if last else nullcontext():

@@ -41,6 +41,8 @@ class Method:
     config: Callable[[Adapter, Places], PeftConfig]
     heeds: frozenset[str]
     """The settings that it knows besides rank and alpha. Another one is refused where it is not at its default."""
+    linear: bool = False
+    """Whether it adds its strength times one change, so that -1 takes off what 1 adds."""
 
 
 def check(adapter: Adapter) -> None:
@@ -68,6 +70,17 @@ def check(adapter: Adapter) -> None:
             raise Fault(
                 f"--method {adapter.method} {flag}: {method.title} has no such thing. Methods that do: {fitting}."
             )
+
+
+def require_linear(adapter: Adapter) -> None:
+    """Refuse a method that is not the opposite of itself at the opposite strength."""
+    method = METHODS[adapter.method]
+    if not method.linear:
+        fitting = ", ".join(name for name, other in METHODS.items() if other.linear)
+        raise Fault(
+            f"--method {adapter.method}: at strength -1 {method.title} does not take off what it adds at 1, so that it "
+            f"has no two directions. Methods that have: {fitting}."
+        )
 
 
 def places(module: nn.Module, adapter: Adapter, ends: Sequence[str], convolutions: bool) -> dict[str, Place]:
@@ -187,10 +200,10 @@ def _boft(adapter: Adapter, places: Places) -> PeftConfig:
 
 RANKS = frozenset({"rank_pattern", "alpha_pattern", "conv_rank", "dropout"})
 METHODS = {
-    "lora": Method("LoRA", _lora, RANKS | {"rslora", "init", "lora_plus_ratio"}),
+    "lora": Method("LoRA", _lora, RANKS | {"rslora", "init", "lora_plus_ratio"}, linear=True),
     "dora": Method("DoRA", partial(_lora, dora=True), RANKS | {"rslora", "lora_plus_ratio"}),
-    "loha": Method("LoHa", _loha, RANKS),
-    "lokr": Method("LoKr", _lokr, RANKS | {"factor"}),
+    "loha": Method("LoHa", _loha, RANKS, linear=True),
+    "lokr": Method("LoKr", _lokr, RANKS | {"factor"}, linear=True),
     "oft": Method("OFT", _oft, frozenset({"dropout"})),
     "boft": Method("BOFT", _boft, frozenset({"dropout", "butterflies"})),
     "ia3": Method("(IA)3", _ia3, frozenset()),

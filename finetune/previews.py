@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from finetune import engine, families, sampling
+from PIL.Image import Image
+
+from finetune import adapters, engine, families, sampling
 from finetune.data.encoding import release_frozen
 from finetune.families import Family, Source
 from finetune.pictures import save_png
@@ -26,25 +28,38 @@ def able_to_draw(run: Run, family: Family, source: Source) -> Iterator[None]:
 
 
 def preview(
-    run: Run, family: Family, source: Source, settings: Samples, prompts: Sequence[str], size: int, step: int
+    run: Run,
+    family: Family,
+    source: Source,
+    settings: Samples,
+    prompts: Sequence[str],
+    size: int,
+    step: int,
+    strengths: Sequence[float] = (1.0,),
 ) -> None:
-    """Write `samples/step-000100-0.png` ...: one picture a prompt, always from the same seeds."""
+    """Write `samples/step-000100-0.png` ...: one picture a prompt, always from the same seeds; at several strengths of
+    the adapter one a strength and prompt, all prompts of the first strength first."""
     if not run.leads:
         return
     seeds = range(run.train.seed, run.train.seed + len(prompts))
+    pictures: list[Image] = []
     with able_to_draw(run, family, source):
-        pictures = sampling.sample(
-            family,
-            prompts,
-            seeds,
-            steps=settings.sample_steps,
-            guidance=settings.sample_guidance,
-            size=size,
-            initial=sampling.everything(family, size),
-        )
+        for strength in strengths:
+            with adapters.at(family, strength):
+                pictures += sampling.sample(
+                    family,
+                    prompts,
+                    seeds,
+                    steps=settings.sample_steps,
+                    guidance=settings.sample_guidance,
+                    size=size,
+                    initial=sampling.everything(family, size),
+                )
     folder = run.folder / "samples"
     folder.mkdir(exist_ok=True)
-    for number, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
+    drawn = [(strength, prompt, seed) for strength in strengths for prompt, seed in zip(prompts, seeds, strict=True)]
+    for number, (picture, (strength, prompt, seed)) in enumerate(zip(pictures, drawn, strict=True)):
         facts = {"prompt": prompt, "seed": seed, "step": step, "model": source.model, "revision": source.revision}
         facts |= {"steps": settings.sample_steps, "guidance": settings.sample_guidance}
+        facts |= {"scale": strength} if len(strengths) > 1 else {}
         save_png(picture, folder / f"step-{step:06d}-{number}.png", facts)

@@ -27,6 +27,7 @@ TRAINING = (
     *("max_grad_norm", "steps", "batch_size", "accumulation", "precision", "seed", "min_snr_gamma"),
     *("gradient_checkpointing", "trigger", "template", "title", "author", "license", "description", "tags"),
     *("ema", "debiased", "error", "huber_delta", "noise_offset", "input_perturbation", "zero_terminal_snr"),
+    *("target", "positive", "negative", "preserve", "eta", "target_images", "target_steps", "target_guidance"),
     *("timesteps", "logit_mean", "logit_std", "timestep_shift", "tag_dropout", "caption_dropout", "crop", "buckets"),
 )
 """Settings of a run, by their names in `finetune.settings`."""
@@ -43,7 +44,7 @@ UNTOLD = (
 stands in one of the two."""
 PICTURE = (
     *("prompt", "negative", "seed", "step", "steps", "guidance", "width", "height", "scheduler", "model", "revision"),
-    *("zero_terminal_snr", "strength"),
+    *("zero_terminal_snr", "strength", "scale"),
 )
 """Settings of a picture."""
 

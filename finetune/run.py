@@ -68,6 +68,21 @@ class Measures(Protocol):
         """What the figures say of the run."""
 
 
+class Unmeasured:
+    """Of a run that nothing measures on its way."""
+
+    stops = False
+
+    def go_on(self, training: Training) -> None: ...
+
+    def measure(self, training: Training) -> None: ...
+
+    def said(self) -> None: ...
+
+
+UNMEASURED = Unmeasured()
+
+
 class Run:
     """Made first: a wrong folder or precision is said before a model is loaded. Writes nothing until `begin`."""
 
@@ -173,7 +188,7 @@ class Run:
         if said := self.keeper.go_on(training, source.identity()):
             self.say(said)
 
-    def steps(self, training: Training, measured: Measures) -> Iterator[int]:
+    def steps(self, training: Training, measured: Measures = UNMEASURED) -> Iterator[int]:
         """Go through the training steps: the bar, the logs, the checkpoints, and what is measured at them.
 
         Yields the number of steps done.
@@ -318,8 +333,9 @@ class Run:
 
     @property
     def _concepts(self) -> list[str]:
-        """What the concepts are called."""
-        return [concepts.called(part) for part in concepts.parts(self.config.data)]
+        """What the concepts are called, where the user has given any."""
+        read = getattr(self.config, "data", None)
+        return [concepts.called(part) for part in concepts.parts(read)] if read else []
 
     def _progress(self, *extra: str) -> Progress:
         columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()]

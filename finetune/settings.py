@@ -178,6 +178,35 @@ class Prior:
 
 
 @dataclass(frozen=True)
+class Slider:
+    """A direction between two prompts, along which the adapter's strength goes (Gandikota et al. 2023, 2311.12092)."""
+
+    target: str = ""
+    """What is changed, e.g. "a photo of a person"."""
+    positive: str = ""
+    """Where strengths above 0 lead, e.g. "a photo of a very old person"."""
+    negative: str = ""
+    """Where strengths below 0 lead, e.g. "a photo of a very young person"."""
+    preserve: tuple[str, ...] = ()
+    """What must not change with it, e.g. man woman: the direction is the mean of those with each of them put behind
+    both prompts, and what the two prompts differ in beside what they say is left out (eq. 8)."""
+    eta: float = 4.0
+    """How far strength 1 leads: times the difference of the two prompts."""
+    target_images: int = 50
+    """Number of pictures to learn on. The frozen base draws them, as class pictures are, by the prompt --target."""
+    target_steps: int = 30
+    """Denoising steps of such a picture."""
+    target_guidance: float = 5.0
+    """Guidance scale of such a picture."""
+    strengths: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
+    """Those that samples, and the pictures of `finetune publish`, show it at."""
+    cache: Path | None = None
+    """Where latents and text embeddings are kept between runs. Default: below $FINETUNE_CACHE or ~/.cache/finetune."""
+    use_cache: bool = True
+    """Keep them on disk, and use what is there. --no-use-cache computes them in memory."""
+
+
+@dataclass(frozen=True)
 class Adapter:
     """What is put beside the base's weights to be trained."""
 

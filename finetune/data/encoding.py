@@ -131,7 +131,7 @@ def encode(
         built["masked pictures"] = _encode_holes(family, items, pictures, vae, data, track, turn)
     trained = any(p.requires_grad for encoder in text_encoders(family).values() for p in encoder.parameters())
     if not trained:
-        said = dict.fromkeys(caption for item in items for caption in item.captions)
+        said = dict.fromkeys(caption for item in items for caption in (*item.captions, *_leant_to(item)))
         said |= {"": None} if captions.caption_dropout else {}
         built["captions"] = encode_texts(family, list(said), texts, track, turn)
     release_frozen(family)
@@ -253,6 +253,10 @@ def _build(
     turn.wait()
     store.refresh()
     return missing, len(wanted)
+
+
+def _leant_to(item: Item) -> list[str]:
+    return [prompt for prompt, _ in item.example.leaning]
 
 
 def _picture_key(item: Item, view: Geometry, vae: str) -> str:

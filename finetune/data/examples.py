@@ -39,6 +39,10 @@ class Example:
     """A picture whose white is trained; the example's own file where its alpha channel is the mask."""
     taught: bool = False
     """Its target is not the noise but what the frozen base predicts: prior preservation without class pictures."""
+    leaning: tuple[tuple[str, float], ...] = ()
+    """Taught with these as well: further prompts, and by how much what the base predicts for each is added."""
+    strength: float = 1.0
+    """Of the adapter while this is trained. At -1 what it is taught leans the other way."""
     lesson: int | None = None
     """Taught from one noise and timestep, number so and so, at which the base was asked before the training."""
     own_caption: bool = field(default=False, compare=False)

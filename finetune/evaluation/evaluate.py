@@ -48,6 +48,11 @@ def brief(
     """Raises Fault where the run, its pictures or its words are not to be had."""
     trained.find(run)
     file = _settings(run)
+    if config.tables(file).get("slider"):
+        raise Fault(
+            f"{run}: a slider, which learns nothing that pictures could be compared with. Look at it: `finetune grid "
+            f"--run {run} --scale -2 -1 0 1 2 --prompt ...`."
+        )
     model, read = config.group(Model, file, "model"), config.group(Data, file, "data")
     prior, loss = config.group(Prior, file, "prior"), config.group(Loss, file, "loss")
     seed = config.group(Train, file, "train").seed

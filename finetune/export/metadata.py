@@ -105,14 +105,17 @@ def of_training(
     `pictures`: their number.
     """
     given = dict(provenance.leaves(settings))
-    words, model = triggers(settings), provenance.public_model(str(given.get("model") or ""))
+    words, slider = triggers(settings), settings.get("slider") or {}
+    model = provenance.public_model(str(given.get("model") or ""))
     sides = given.get("resolution") or (edition.resolution,)
+    named = words[0] if words else f"from {slider['negative']} to {slider['positive']}" if slider else None
     told = {
         OWN: provenance.dumps({**provenance.public(settings), "pipeline": pipeline, "software": provenance.software()}),
         "modelspec.resolution": f"{max(sides)}x{max(sides)}",
-        "modelspec.title": given.get("title") or (f"{words[0]} ({edition.title})" if words else None),
+        "modelspec.title": given.get("title") or (f"{named} ({edition.title})" if named else None),
+        "modelspec.usage_hint": usage(slider),
         "modelspec.trigger_phrase": ", ".join(words),
-        "modelspec.tags": ", ".join(given.get("tags") or ()),
+        "modelspec.tags": ", ".join([*(given.get("tags") or ()), *(["slider"] if slider else [])]),
         "ss_output_name": given.get("title"),
         "ss_resolution": f"({max(sides)}, {max(sides)})",
         "ss_sd_model_name": model if model != provenance.LOCAL else None,
@@ -134,6 +137,16 @@ def triggers(settings: Mapping[str, Any]) -> list[str]:
         if words := [str(one[name]) for one in each if one.get(name)]:
             return list(dict.fromkeys(words))
     return []
+
+
+def usage(slider: Mapping[str, Any]) -> str | None:
+    """What the strengths of a slider do, by its settings; None without."""
+    if not slider:
+        return None
+    return (
+        f'a slider for "{slider["target"]}": strengths above 0 lead to "{slider["positive"]}", below 0 to '
+        f'"{slider["negative"]}"'
+    )
 
 
 def date(now: datetime | None = None) -> dict[str, str]:

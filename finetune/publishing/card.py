@@ -100,6 +100,8 @@ def _words(release: Release) -> Iterator[str]:
     yield "## Trigger words"
     if release.words:
         yield fence([_line(word) for word in release.words], "text")
+    elif release.usage:
+        yield f"None: {text(release.usage)}."
     else:
         yield "None: it was trained with captions that say what is to be seen."
 

@@ -17,7 +17,6 @@ from finetune.publishing.release import Drawn
 
 ADAPTER = "published"
 """Name under which the published adapter is on the model."""
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 FOLDER = "images"
 STRENGTH = f"{FOLDER}/strength.png"
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -81,9 +80,9 @@ def samples(brush: Brush, folder: Path, prompts: Sequence[str], seeds: Iterable[
     return drawn
 
 
-def strengths(brush: Brush, folder: Path, prompt: str, seed: int, track: Track) -> str:
+def strengths(brush: Brush, folder: Path, prompt: str, seed: int, shown: Sequence[float], track: Track) -> str:
     """`images/strength.png`: one row of the same noise."""
-    row = [brush.draw(prompt, seed, strength) for strength in track(STRENGTHS, "strengths")]
-    sheet = grid([row], [""], [f"strength {strength:g}" for strength in STRENGTHS], prompt)
+    row = [brush.draw(prompt, seed, strength) for strength in track(shown, "strengths")]
+    sheet = grid([row], [""], [f"strength {strength:g}" for strength in shown], prompt)
     save_png(sheet, folder / STRENGTH, brush.facts(prompt, seed))
     return STRENGTH

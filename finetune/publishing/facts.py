@@ -19,7 +19,7 @@ from finetune.evaluation.tables import State
 ADAPTER, MODEL = "adapter.safetensors", "model"
 """What recipes write: an adapter, or a whole model as a diffusers folder."""
 SPOKEN = ("prompt", "trigger", "template", "class_prompt", "class_word", "sample_prompts", "title", "author",
-          "description", "license", "tags")  # fmt: skip
+          "description", "license", "tags", "target", "positive", "negative", "preserve")  # fmt: skip
 """Settings whose words are told on purpose."""
 TABLE = {
     "steps": "steps",
@@ -88,7 +88,17 @@ class Facts:
     def prompts(self) -> list[str]:
         """What the run drew its samples of, or was trained with."""
         drawn = self.flat.get("sample_prompts") or [one["prompt"] for one in self.concepts if one.get("prompt")]
-        return list(dict.fromkeys(map(str, drawn))) or self.words
+        return list(dict.fromkeys(map(str, drawn))) or self.words or [self.slider["target"]] * bool(self.slider)
+
+    @property
+    def slider(self) -> Mapping[str, Any]:
+        """The table of a slider's prompts; empty for everything else."""
+        return self.settings.get("slider") or {}
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Those of the adapter that show what it does."""
+        return tuple(self.slider.get("strengths", (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)))
 
     @property
     def spoken(self) -> str:

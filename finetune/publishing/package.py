@@ -118,7 +118,8 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
         wish.steps, wish.guidance, wish.size, from_noise,
     )  # fmt: skip
     drawn = drawing.samples(brush, folder, wish.prompts, wish.seeds, track)
-    strength = drawing.strengths(brush, folder, wish.prompts[0], wish.seeds[0], track) if facts.adapter else None
+    row = wish.prompts[0], wish.seeds[0], facts.strengths
+    strength = drawing.strengths(brush, folder, *row, track) if facts.adapter else None
 
     edition = family.edition()
     known = family.condition_shapes()["text"][-1] == edition.width
@@ -146,7 +147,8 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
         measured=facts.measured,
         description=wish.description or given.get("description"),
         author=given.get("author"),
-        tags=given.get("tags") or (),
+        tags=(*(given.get("tags") or ()), *(["slider"] if facts.slider else [])),
+        usage=facts.header.get("modelspec.usage_hint"),
         embedded=facts.embedded,
         from_noise=from_noise,
     )

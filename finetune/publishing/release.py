@@ -56,6 +56,8 @@ class Release:
     description: str | None = None
     author: str | None = None
     tags: Sequence[str] = ()
+    usage: str | None = None
+    """What must be known to use it, where a trigger is not enough"""
     embedded: bool = False
     """Whether the base is `toybox`"""
     from_noise: bool = False

@@ -16,6 +16,9 @@ TINY = {"sd15": "sd", "sd21": "sd-v", "sd35": "sd3", "toybox": "sd", "inpaint15"
 """Of the families that files and `tiny` call by other names"""
 SHORT = ["--steps", "2", "--resolution", "64", "--save-every", "0", "--sample-every", "0", "--tracker", "none"]
 
+ATTRIBUTE = ["--target", "a thing", "--positive", "a red thing", "--negative", "a blue thing", "--preserve", "old"]
+ATTRIBUTE += ["--target-images", "2", "--target-steps", "1"]
+
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
@@ -31,15 +34,8 @@ def pictures(tmp_path: Path) -> Path:
 def test_ready_settings_train(name: str, pictures: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     recipe, family, what = name.split("-")
     run = tmp_path / "run"
-    words = [
-        "--model",
-        str(tiny_models[TINY.get(family, family)]),
-        "--data",
-        str(pictures),
-        "--output",
-        str(run),
-        *SHORT,
-    ]
+    words = ["--model", str(tiny_models[TINY.get(family, family)]), "--output", str(run), *SHORT]
+    words += ATTRIBUTE if recipe == "slider" else ["--data", str(pictures)]
     if what == "subject":
         words += ["--class-prompt", "a thing", "--class-images", "2", "--class-steps", "2"]
     cli.main(["train", recipe, "--config", name, *words])
@@ -50,6 +46,7 @@ def test_ready_settings_train(name: str, pictures: Path, tiny_models: dict[str, 
     ran = tomllib.loads((run / "settings.toml").read_text())
     assert ran["recipe"] == recipe
     changed = {"model", "resolution", "steps", "save_every", "sample_every", "class_images", "class_steps"}
+    changed |= {"target_images", "target_steps"}
     for group in asked.keys() - {"recipe"}:
         for key in asked[group].keys() - changed:
             assert ran[group][key] == asked[group][key], f"{group}.{key} of the file is what was run"

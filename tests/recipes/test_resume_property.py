@@ -26,6 +26,8 @@ METHODS = [
     *("--method lora --rank 4 --init olora", "--method dora", "--method loha", "--method lokr"),
     *("--method oft --rank 4", "--method boft --rank 4", "--method ia3"),
 ]
+SLIDER = ["slider", "--target", "a dog", "--positive", "a red dog", "--negative", "a blue dog", "--target-images", "3"]
+SLIDER += ["--target-steps", "1", "--resolution", "64", "--steps", str(STEPS), "--lr", "1e-2", "--tracker", "none"]
 RATES = {"adamw": "1e-2", "adamw8bit": "1e-2", "prodigy": "1", "schedulefree": "1e-2"}
 
 
@@ -110,12 +112,17 @@ def told(run: Path) -> tuple[dict[str, bytes], list[tuple[int, float, float, flo
 
 
 def require_the_same(case: Case, model: Path, root: Path) -> None:
-    whole, stopped = root / "whole", root / "stopped"
     draw_pictures(root / "pictures", case.pictures)
-    words = ["train", *case.recipe.split(), *given_words(model, root / "pictures"), *case.words]
+    words = [*case.recipe.split(), *given_words(model, root / "pictures"), *case.words]
+    require_the_same_of(words, case.stops, root)
+
+
+def require_the_same_of(words: list[str], stops: list[tuple[int, int]], root: Path) -> None:
+    whole, stopped = root / "whole", root / "stopped"
+    words = ["train", *words]
     cli.main([*words, "--output", str(whole)])
     words += ["--output", str(stopped)]
-    for step, part in case.stops:
+    for step, part in stops:
         with asked_to_stop(step, part), pytest.raises(SystemExit) as stop:
             cli.main(words)
         assert stop.value.code == 75
@@ -154,6 +161,10 @@ def test_every_method_stopped_and_resumed_is_the_same_to_the_bit(
     require_the_same(case, tiny_models["sd"], tmp_path)
 
 
+def test_a_slider_stopped_and_resumed_is_the_same_to_the_bit(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    require_the_same_of([*SLIDER, "--model", str(tiny_models["sd"]), "--dropout", "0.3"], [(3, 0)], tmp_path)
+
+
 @pytest.mark.slow
 @seed(1)
 @drawing(48)
@@ -163,14 +174,22 @@ def test_of_many_more(case: Case, tiny_models: dict[str, Path], tmp_path_factory
 
 
 @pytest.mark.parametrize(
-    ("recipe", "optimizer"), [("lora", "adamw"), pytest.param("dreambooth", "prodigy", marks=pytest.mark.slow)]
+    ("recipe", "optimizer"),
+    [
+        ("lora", "adamw"),
+        pytest.param("dreambooth", "prodigy", marks=pytest.mark.slow),
+        pytest.param("slider", "adamw", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_stopped_and_resumed_are_the_same_to_the_bit(
     recipe: str, optimizer: str, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     case = Case(recipe, optimizer, 3, 1, 2, [], recipe == "dreambooth", 3, 2)
     draw_pictures(tmp_path / "pictures", case.pictures)
-    words = [recipe, *given_words(tiny_models["sd"], tmp_path / "pictures"), *case.words, "--processes", "2"]
+    words = [recipe, *given_words(tiny_models["sd"], tmp_path / "pictures"), *case.words]
+    if recipe == "slider":
+        words = [*SLIDER, "--model", str(tiny_models["sd"]), "--accumulation", "2"]
+    words += ["--processes", "2"]
     script = [str(Path(__file__).parents[1] / "in_turn.py"), str(tmp_path), "3", *words]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *script],
