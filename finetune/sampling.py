@@ -79,6 +79,11 @@ def everything(family: Family, side: int) -> Initial | None:
     return Initial(Images.new("RGB", (side, side)), 1.0, Images.new("L", (side, side), 255))
 
 
+def asks(family: Family) -> str:
+    """What `finetune generate` is to be given besides a prompt."""
+    return " --init PICTURE --mask MASK" if families.takes_mask(family) else ""
+
+
 Pairs = list[tuple[str, int]]
 """Prompts and seeds"""
 

@@ -51,9 +51,15 @@ def main(config: Config) -> None:
     adapters = drawing.told(config.adapter, scales)
     drawing.require_words(config, [config.prompt])
 
+    from finetune import families
     from finetune.pictures import grid, save_png, stacked
 
     family = drawing.load(config)
+    if families.takes_mask(family):
+        raise Fault(
+            "the model is an inpainting checkpoint, which draws a part of a picture anew; a film strip is of a picture "
+            "that is drawn from noise alone, with the base that it was made of."
+        )
     drawing.set_scales(family, scales)
     shown = sorted({round(i * (config.steps - 1) / (config.columns - 1)) for i in range(config.columns)})
     picture, given, words = _watch(family, config, shown)

@@ -146,6 +146,7 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
         tags=given.get("tags") or (),
         embedded=facts.embedded,
         from_noise=from_noise,
+        inpaints=families.takes_mask(family),
     )
     if release.adapts:
         shutil.copy(folder / drawn[0].file, folder / f"{wish.name}.preview.png")
