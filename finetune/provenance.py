@@ -28,7 +28,7 @@ TRAINING = (
 """Settings of a run, by their names in `finetune.settings`."""
 PICTURE = (
     *("prompt", "negative", "seed", "step", "steps", "guidance", "width", "height", "scheduler", "model", "revision"),
-    *("zero_terminal_snr", "strength"),
+    *("zero_terminal_snr", "strength", "picture_guidance"),
 )
 """Settings of a picture."""
 

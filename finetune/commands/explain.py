@@ -55,10 +55,10 @@ def main(config: Config) -> None:
     from finetune.pictures import grid, save_png, stacked
 
     family = drawing.load(config)
-    if families.takes_mask(family):
+    if families.beside(family):
         raise Fault(
-            "the model is an inpainting checkpoint, which draws a part of a picture anew; a film strip is of a picture "
-            "that is drawn from noise alone, with the base that it was made of."
+            f"the model is a {type(family.pipeline).__name__}, which draws from a picture; a film strip is of one that "
+            "is drawn from noise alone, by the base that it was made of."
         )
     drawing.set_scales(family, scales)
     shown = sorted({round(i * (config.steps - 1) / (config.columns - 1)) for i in range(config.columns)})
