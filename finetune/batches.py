@@ -35,7 +35,7 @@ class Picture:
     timestep: int
     mask: Tensor  # (1, h, w)
     lesson: Tensor | None  # (C, h, w) the frozen base's prediction, where it was asked beforehand
-    beside: Tensor | None  # (1 + C, h, w) what is drawn anew and the latents of the rest, for an inpainting checkpoint
+    beside: Tensor | None  # (.., h, w) what some checkpoints are told besides the noise
     place: Place
 
 
@@ -57,7 +57,7 @@ class Batch:
     places: list[Place]
     strength: float = 1.0  # of the adapter
     leanings: Sequence[Leaning] = ()  # of each picture, beside its caption
-    beside: Tensor | None = None  # (B, 1 + C, h, w) what is drawn anew and the latents of the rest
+    beside: Tensor | None = None  # (B, .., h, w) what some checkpoints are told, see `families.BESIDE`
     extra: Tensor | None = None  # (B, C, h, w) noise that is put on the input and is no part of the target
 
     def asked(self, wanted: Tensor) -> Iterator[tuple[Tensor, list[str], Tensor]]:
@@ -151,7 +151,12 @@ class Batches:
         )
 
     def _beside(self, item: Item, view: Geometry, place: Place) -> Tensor | None:
-        """What an inpainting checkpoint is told: one of the view's holes, and latents of the picture without it."""
+        """What an inpainting checkpoint is told: one of the view's holes, and latents of the picture without it. What
+        one that changes pictures is told: the picture that this one was made of, or nothing, which is zeros."""
+        if self.data.sourced:
+            source = self.data.source(item, view)
+            share = self.data.source_dropout
+            return source * 0 if share <= self._told(place) < 3 * share else source
         if not self.data.holes:
             return None
         number = keys.integer(0, self.data.holes, self.order.seed, "hole", *place)
@@ -162,7 +167,14 @@ class Batches:
     def _caption(self, item: Item, place: Place) -> str:
         if keys.uniform(self.order.seed, "caption dropout", *place) < self.data.caption_dropout:
             return ""
+        if self.data.sourced and self._told(place) < 2 * self.data.source_dropout:
+            return ""
         return item.captions[keys.integer(0, len(item.captions), self.order.seed, "caption", *place)]
+
+    def _told(self, place: Place) -> float:
+        """Uniform: in its first share the caption goes, in its second caption and source, in its third the source.
+        Pictures that are held out are always told both."""
+        return 1.0 if place[0] == HELD else keys.uniform(self.order.seed, "source dropout", *place)
 
     def _item(self, draw: Draw) -> Item:
         return (self.data.subjects if draw.kind == "subject" else self.data.companions)[draw.index]

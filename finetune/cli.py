@@ -198,4 +198,6 @@ VERBS = {
     "copy": Verb("copy a recipe or settings to change them", _copy),
     "toybox train": Verb("make the embedded base model again, from nothing", _page("finetune.toybox.train")),
     "toybox measure": Verb("measure the embedded base model with its judge", _page("finetune.toybox.measure")),
+    "toybox inpainting": Verb("make an inpainting checkpoint of it", _gently("finetune.toybox.inpainting")),
+    "toybox fill": Verb("see what that fills masks with once it was tuned", _gently("finetune.toybox.filling")),
 }

@@ -54,13 +54,16 @@ def main(config: Config) -> None:
     initial = drawing.initial(config, config.strength)
     drawing.require_words(config, prompts)
 
-    from finetune import sampling
+    from finetune import families, sampling
+    from finetune.initial import PICTURE
     from finetune.pictures import grid, save_png
 
     family = drawing.load(config)
     drawing.set_scales(family, scales)
     settings = {**drawing.facts(config, family), "steps": config.steps, "guidance": config.guidance}
-    settings |= {"strength": initial and initial.strength, "adapters": adapters}
+    changes = families.takes_source(family)
+    settings |= {"strength": initial.strength if initial and not changes else None, "adapters": adapters}
+    settings |= {"picture_guidance": config.picture_guidance or PICTURE} if changes else {}
     sampling.check(family, initial, config.steps)
     drawing.make_folder(config.output)
     rows: dict[int, list[Image]] = {row: [] for row in range(len(prompts))}

@@ -16,6 +16,8 @@ from finetune.errors import Fault
 
 WHOLE, PART = 0.6, 1.0
 """Strengths where none is said: of the whole picture, and of the part under a mask."""
+PICTURE = 1.5
+"""Guidance by the picture (Brooks et al. 2022, 2211.09800, section 3.2.1)"""
 OVERLAP = 8
 """Pixels of the picture that are drawn anew with what it grows by, so that both meet"""
 
@@ -30,6 +32,8 @@ class Initial:
     """0: as it is; 1: from noise alone."""
     mask: Image | None = None
     """L, of the picture's size: 255 is drawn anew, 0 stays."""
+    guidance: float | None = None
+    """How strictly an instruct-pix2pix checkpoint, which knows no strength, keeps to the picture: 1 or more."""
 
     def fitted(self, side: int, factor: int) -> Initial:
         """As large as a square of `side` pixels, its sides multiples of `factor`."""

@@ -236,6 +236,7 @@ def _identity(items: Iterable[Item]) -> str:
     for item in items:
         digest = item.example.facts.digest if item.example.facts else ""
         told = [digest, item.example.weight, item.example.repeats, item.captions, [str(view) for view in item.views]]
+        told += [item.example.source.facts.digest] if item.example.source and item.example.source.facts else []
         hashed.update(json.dumps(told).encode())
     return hashed.hexdigest()
 

@@ -23,7 +23,7 @@ TRAINING = (
     *("lora_plus_ratio", "parts", "weights", "lr", "text_encoder_lr", "optimizer", "schedule", "schedule_power"),
     *("warmup", "weight_decay", "unmasked_weight", "unmasked_prior", "alpha_masks", "validation", "holes"),
     *("max_upscale", "min_kept", "crop_variants", "several_captions", "shuffle_tags", "keep_tags"),
-    *("caption_variants", "butterflies"),
+    *("caption_variants", "butterflies", "source_dropout"),
     *("max_grad_norm", "steps", "batch_size", "accumulation", "precision", "seed", "min_snr_gamma"),
     *("gradient_checkpointing", "trigger", "template", "title", "author", "license", "description", "tags"),
     *("ema", "debiased", "error", "huber_delta", "noise_offset", "input_perturbation", "zero_terminal_snr"),
@@ -38,13 +38,13 @@ UNTOLD = (
     *("use_cache", "resume", "resume_or_begin", "allow_changed", "report", "processes", "engine", "save_every"),
     *("optimizer_in_backward", "ema_on_cpu", "validate_every", "on_nan", "checkpoint_every", "keep_last", "keep_every"),
     *("sample_every", "sample_steps", "sample_guidance", "measure", "measure_share", "measure_count"),
-    *("measure_steps", "measure_batch", "patience"),
+    *("measure_steps", "measure_batch", "patience", "strengths", "sources"),
 )
 """Those that are not: where things lie and what they are called there, how a run was watched and kept. A new setting
 stands in one of the two."""
 PICTURE = (
     *("prompt", "negative", "seed", "step", "steps", "guidance", "width", "height", "scheduler", "model", "revision"),
-    *("zero_terminal_snr", "strength", "scale"),
+    *("zero_terminal_snr", "strength", "picture_guidance", "scale"),
 )
 """Settings of a picture."""
 

@@ -109,6 +109,7 @@ class Run:
         self.console = Console(quiet=not self.leads)
         self.keeper = Keeper(config, output, train, self.leads)
         self.report = Follower(self.folder, self.leads, output.report)
+        self.subjects: Sequence[Item] = ()
         self._held = False
         self.accelerator.wait_for_everyone()  # each has looked at the folder before one of them begins in it
 
@@ -163,6 +164,7 @@ class Run:
             raise signals.stopped(asked)
         if not self._held:
             self.hold()
+        self.subjects = subjects
         self.keeper.begin()
         self.report.begin(subjects, held)
         self.watch.advice = f"Go on: `finetune train --output {self.folder} --resume`."

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from finetune import families, objective, prompting
 from finetune.errors import Fault
 from finetune.families import Family, TakesTokens
-from finetune.initial import Initial
+from finetune.initial import PICTURE, WHOLE, Initial
 from finetune.settings import Loss
 
 FROM_NOISE = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -73,10 +73,26 @@ def sample(
 
 
 def everything(family: Family, side: int) -> Initial | None:
-    """What an inpainting checkpoint draws a whole picture from: one that is masked all over. For others None."""
+    """What an inpainting checkpoint draws a whole picture from: one that is masked all over. For others None.
+
+    Raises Fault for one that changes pictures, which draws none without.
+    """
+    if families.takes_source(family):
+        raise Fault(
+            "the model is an instruct-pix2pix checkpoint, which changes a picture that it is given, and draws none "
+            "from words alone: no class pictures (--no-prior, or --prior-from base), no figures, no card. "
+            "`finetune generate --init PICTURE` draws with it."
+        )
     if not families.takes_mask(family):
         return None
     return Initial(Images.new("RGB", (side, side)), 1.0, Images.new("L", (side, side), 255))
+
+
+def asks(family: Family) -> str:
+    """What `finetune generate` is to be given besides a prompt."""
+    if families.takes_source(family):
+        return " --init PICTURE"
+    return " --init PICTURE --mask MASK" if families.takes_mask(family) else ""
 
 
 Pairs = list[tuple[str, int]]
@@ -111,8 +127,13 @@ def _begin(family: Family, initial: Initial | None, side: int) -> tuple[Any, dic
     """The pipeline that draws, and what it begins with; pictures are those of one drawing."""
     if initial is None:
         return family.pipeline, {"height": side, "width": side}
-    start = {"image": initial.picture, "strength": initial.strength}
-    made: Any = family.from_picture if initial.mask is None else family.inpaint
+    start: dict[str, Any]
+    if families.takes_source(family):
+        made: Any = type(family.pipeline)
+        start = {"image": initial.picture, "image_guidance_scale": initial.guidance or PICTURE}
+    else:
+        made = family.from_picture if initial.mask is None else family.inpaint
+        start = {"image": initial.picture, "strength": initial.strength}
     if initial.mask is not None:
         start |= {"mask_image": initial.in_cells(family.grain())}
     if "height" in inspect.signature(made.__call__).parameters:  # image-to-image of SD 1.x and SDXL takes the picture's
@@ -214,6 +235,20 @@ def check(family: Family, initial: Initial | None, steps: int) -> None:
             "the model is an inpainting checkpoint, which draws a part of a picture anew: give it the picture (--init) "
             "and what to draw anew (--mask or --extend)."
         )
+    if families.takes_source(family):
+        if initial is None or initial.mask is not None:
+            raise Fault(
+                "the model is an instruct-pix2pix checkpoint, which changes a whole picture: give it that (--init), "
+                "without --mask and --extend."
+            )
+        if initial.strength != WHOLE:
+            raise Fault(
+                f"--strength {initial.strength:g}: an instruct-pix2pix checkpoint has none; --picture-guidance says "
+                "how strictly it keeps to the picture."
+            )
+        return
+    if initial is not None and initial.guidance is not None:
+        raise Fault(f"--picture-guidance {initial.guidance:g}: only instruct-pix2pix checkpoints know it. --strength?")
     if initial is not None and (family.from_picture if initial.mask is None else family.inpaint) is None:
         raise Fault(f"--init: there is no drawing from a picture with {family.title} here.")
     if initial is not None and initial.strength > 0 and int(steps * initial.strength) < 1:

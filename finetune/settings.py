@@ -57,6 +57,8 @@ class Concept:
     """Weight of its pictures' loss."""
     masks: Path | None = None
     """Its folder of masks."""
+    sources: Path | None = None
+    """Its folder of pictures to change."""
     alpha_masks: bool | None = None
     """Take its pictures' own transparency as their masks."""
     validation: float | None = None
@@ -104,6 +106,12 @@ class Data:
     holes: int = 8
     """For an inpainting checkpoint: number of masks that each picture is trained with, drawn at random. Each is encoded
     ahead, and cached."""
+    sources: Path | None = None
+    """For an instruct-pix2pix checkpoint: folder of the pictures that are changed, one of the same name for a picture,
+    which shows the result; its caption says what is done, e.g. "make it night"."""
+    source_dropout: float = 0.05
+    """Share of the draws that train it without the caption, without the source, and without both, each so often: what
+    its two guidances are between (Brooks et al. 2022, 2211.09800, section 3.2)."""
     validation: float = 0.0
     """Share of the pictures that is held out of the training. Their loss is measured at each checkpoint, always at the
     same noise and timesteps, and the checkpoint where it is lowest is kept, unless --measure chooses one."""

@@ -94,4 +94,5 @@ def main(config: Config) -> None:
     if run.leads:
         file = save("adapter.safetensors")
         run.keep_best(training, "adapter.safetensors", save)
-        run.finish(f'finetune generate --model {source.model} --adapter {file} --prompt "{prompts[0]}"')
+        said = f'--prompt "{prompts[0]}"{ft.sampling.asks(family)}'
+        run.finish(f"finetune generate --model {source.model} --adapter {file} {said}")

@@ -18,7 +18,7 @@ import tiny
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Diffusers folders of the tiny pipelines, by kind. Read only."""
     root = tmp_path_factory.mktemp("tiny")
-    return {kind: tiny.save(kind, root / kind) for kind in {**tiny.KINDS, **tiny.INPAINTING}}
+    return {kind: tiny.save(kind, root / kind) for kind in {**tiny.KINDS, **tiny.INPAINTING, **tiny.EDITING}}
 
 
 @pytest.fixture(autouse=True)

@@ -207,7 +207,7 @@ def test_all_that_is_wrong_with_a_list_of_tables_is_said_with_its_lines(tmp_path
     assert caught.value.details == [
         "line 13: wieght: no such setting in [[concepts]]. Did you mean weight?",
         "line 14: flip: no such setting in [[concepts]]. There is: alpha_masks, class_data, class_prompt, data, masks, "
-        "prompt, repeats, template, trigger, validation, weight.",
+        "prompt, repeats, sources, template, trigger, validation, weight.",
         'line 15: repeats = "2": expected a whole number.',
         "line 16: [[concepts]] number 3 lacks data.",
         "line 19: repeats: no such setting in [train]. It belongs in [[concepts]].",

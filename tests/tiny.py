@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     ZImagePipeline,
@@ -286,11 +289,24 @@ INPAINTING: dict[str, Callable[[], DiffusionPipeline]] = {
 """Checkpoints that are told a mask and the masked picture"""
 
 
+def _editing(kind: str, made: Any, unet: UNet2DConditionModel) -> DiffusionPipeline:
+    """An instruct-pix2pix checkpoint: eight channels, of noise and of the picture to change."""
+    parts = {**KINDS[kind]().components, "unet": unet}
+    return made(**{name: part for name, part in parts.items() if name in inspect.signature(made.__init__).parameters})
+
+
+EDITING: dict[str, Callable[[], DiffusionPipeline]] = {
+    "sd-pix2pix": lambda: _editing("sd", StableDiffusionInstructPix2PixPipeline, unet_sd(16, 8)),
+    "sdxl-pix2pix": lambda: _editing("sdxl", StableDiffusionXLInstructPix2PixPipeline, unet_sdxl(16 + 24, 24, 8)),
+}
+"""Checkpoints that are told a picture to change"""
+
+
 def pipeline(kind: str) -> DiffusionPipeline:
     """The same random weights every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = {**KINDS, **INPAINTING}[kind]()
+        made = {**KINDS, **INPAINTING, **EDITING}[kind]()
     made.set_progress_bar_config(disable=True)
     return made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +33,8 @@ class Drawing:
     """A picture to draw from (image-to-image), in its shape and about --size large."""
     mask: Path | None = None
     """What of --init is drawn anew (inpainting): a picture of its shape, white where it is, black where it stays."""
+    picture_guidance: float | None = None
+    """How strictly an instruct-pix2pix checkpoint keeps to --init. Default: 1.5."""
     extend: tuple[int, ...] = ()
     """Draw more around --init (outpainting): its own pixels to add to the left, top, right and bottom. The whole is
     then about --size large."""
@@ -60,6 +62,8 @@ def require_sense(config: Drawing, prompts: Sequence[str], scales: Sequence[floa
         )
     if config.init is None and (config.mask is not None or config.extend):
         raise Fault("--mask and --extend say what of a picture is drawn anew: name the picture too, with --init.")
+    if config.picture_guidance is not None and (config.init is None or config.picture_guidance < 1):
+        raise Fault(f"--picture-guidance {config.picture_guidance:g}: 1 or more, and with --init, which it keeps to.")
 
 
 def initial(config: Drawing, strength: float | None) -> Initial | None:
@@ -70,7 +74,7 @@ def initial(config: Drawing, strength: float | None) -> Initial | None:
         return None
     from finetune.initial import read
 
-    return read(config.init, config.mask, strength, config.extend)
+    return replace(read(config.init, config.mask, strength, config.extend), guidance=config.picture_guidance)
 
 
 def told(paths: Sequence[Path], scales: Sequence[float]) -> list[dict[str, Any]]:

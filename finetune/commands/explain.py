@@ -51,9 +51,15 @@ def main(config: Config) -> None:
     adapters = drawing.told(config.adapter, scales)
     drawing.require_words(config, [config.prompt])
 
+    from finetune import families
     from finetune.pictures import grid, save_png, stacked
 
     family = drawing.load(config)
+    if families.beside(family):
+        raise Fault(
+            f"the model is a {type(family.pipeline).__name__}, which draws from a picture; a film strip is of one that "
+            "is drawn from noise alone, by the base that it was made of."
+        )
     drawing.set_scales(family, scales)
     shown = sorted({round(i * (config.steps - 1) / (config.columns - 1)) for i in range(config.columns)})
     picture, given, words = _watch(family, config, shown)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,18 @@ from finetune.data.framing.holes import hole
 from finetune.data.framing.masks import weights as mask_weights
 from finetune.data.reading.pictures import reduction
 from finetune.errors import Fault
-from finetune.families import Conditions, Family, denoiser, modules, release, takes_mask, text_encoders, tokenizers
+from finetune.families import (
+    Conditions,
+    Family,
+    denoiser,
+    encode_sources,
+    modules,
+    release,
+    takes_mask,
+    takes_source,
+    text_encoders,
+    tokenizers,
+)
 from finetune.settings import Captions, Data
 
 
@@ -71,6 +82,10 @@ class Encodings:
     """What the frozen base predicted at the fixed draws of each lesson, each (C, H/f, W/f)"""
     holes: int = 0
     """Masks of each view that an inpainting checkpoint draws under; 0 for all others"""
+    sourced: bool = False
+    """Whether an instruct-pix2pix checkpoint is trained, which is told what each picture was made of"""
+    source_dropout: float = 0.0
+    """Share of the draws without the caption, of those without the source, and of those without both"""
     factor: int = 8
     """f: side of a picture over side of its latents"""
     built: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False)
@@ -97,6 +112,10 @@ class Encodings:
         entry = self.pictures.get(_hole_key(item, view, self.vae, number))
         return entry["mask"], entry["mean"], entry["std"]
 
+    def source(self, item: Item, view: Geometry) -> Tensor:
+        """What a picture was made of, in the same view, as `families.encode_sources` has it: (C, H/f, W/f)."""
+        return self.pictures.get(_source_key(item, view, self.vae))["source"]
+
     def conditions(self, caption: str) -> Conditions:
         """The conditions of a caption, (1, ...)."""
         assert self.texts is not None
@@ -121,6 +140,7 @@ def encode(
     pictures, texts = stores(data)
     turn = turn if turn and data.use_cache else Turn()  # what is kept in memory, each process computes for itself
     items, factor = [*subjects, *companions, *held], family.latents()[1]
+    _require_sources(family, items, data)
     vae, encoders = _vae_fingerprint(family), _encoders_fingerprint(family)
     built = {"pictures": _encode_pictures(family, items, pictures, vae, data.background, track, turn)}
     built["masks"] = _encode_masks(items, pictures, factor, track, turn)
@@ -129,17 +149,21 @@ def encode(
         raise Fault(f"--holes {holes}: an inpainting checkpoint learns under masks; at least 1.")
     if holes:
         built["masked pictures"] = _encode_holes(family, items, pictures, vae, data, track, turn)
+    sourced = takes_source(family)
+    if sourced:
+        built["sources"] = _encode_sources(family, items, pictures, vae, data, track, turn)
     trained = any(p.requires_grad for encoder in text_encoders(family).values() for p in encoder.parameters())
     if not trained:
         said = dict.fromkeys(caption for item in items for caption in (*item.captions, *_leant_to(item)))
-        said |= {"": None} if captions.caption_dropout else {}
+        said |= {"": None} if captions.caption_dropout or (sourced and data.source_dropout) else {}
         built["captions"] = encode_texts(family, list(said), texts, track, turn)
     release_frozen(family)
     known = None if trained else texts
     dropout = captions.caption_dropout
     return Encodings(
-        subjects, companions, pictures, known, vae, encoders, dropout, held, holes=holes, factor=factor, built=built
-    )
+        subjects, companions, pictures, known, vae, encoders, dropout, held, holes=holes, sourced=sourced,
+        source_dropout=data.source_dropout if sourced else 0.0, factor=factor, built=built,
+    )  # fmt: skip
 
 
 def stores(data: Data) -> tuple[Store, Store]:
@@ -218,6 +242,41 @@ def _encode_holes(
     return _build(store, list(wanted.items()), load, latents, "encode masked pictures", track, turn)
 
 
+def _require_sources(family: Family, items: Sequence[Item], data: Data) -> None:
+    """Raises Fault where a model that changes pictures is not told what they were, and where another one is."""
+    without = [item.example.name or item.example.path.name for item in items if item.example.source is None]
+    if takes_source(family) and without:
+        raise Fault(
+            f"the model is an instruct-pix2pix checkpoint, which learns to change a picture into another: of "
+            f"{len(without)} of {len(items)} pictures it is not told what they were made of. Name the folder of these, "
+            "each called as its picture: --sources FOLDER.",
+            without[:6],
+        )
+    if not takes_source(family) and len(without) < len(items):
+        raise Fault("--sources: only instruct-pix2pix checkpoints are told a picture to change; this is another model.")
+    if not 0 <= data.source_dropout <= 1 / 3:
+        raise Fault(
+            f"--source-dropout {data.source_dropout:g}: from 0 to 1/3, as it is a share of three kinds of draws."
+        )
+
+
+def _encode_sources(
+    family: Family, items: Sequence[Item], store: Store, vae: str, data: Data, track: Track, turn: Turn
+) -> tuple[int, int]:
+    """What each view was made of, scaled, cropped and mirrored alike."""
+    wanted = {_source_key(item, view, vae): (item, view) for item in items for view in item.views}
+
+    def load(job: tuple[Item, Geometry]) -> Tensor:
+        item, view = job
+        assert item.example.source is not None
+        return pixels(item.example.source, view, data.background)
+
+    def latents(picture: Tensor) -> dict[str, Tensor]:
+        return {"source": encode_sources(family, picture[None])[0].cpu()}
+
+    return _build(store, list(wanted.items()), load, latents, "encode sources", track, turn)
+
+
 def _encode_masks(items: Sequence[Item], store: Store, factor: int, track: Track, turn: Turn) -> tuple[int, int]:
     masked = [(item, view) for item in items if item.example.mask for view in item.views]
     wanted: dict[str, tuple[Item, Geometry]] = {}
@@ -257,6 +316,11 @@ def _build(
 
 def _leant_to(item: Item) -> list[str]:
     return [prompt for prompt, _ in item.example.leaning]
+
+
+def _source_key(item: Item, view: Geometry, vae: str) -> str:
+    assert item.example.source is not None
+    return cache.key("source", _picture_key(replace(item, example=item.example.source), view, vae))
 
 
 def _picture_key(item: Item, view: Geometry, vae: str) -> str:

@@ -37,6 +37,8 @@ class Example:
     """The point (x, y) that a crop keeps in view, as shares of width and height."""
     mask: Path | None = None
     """A picture whose white is trained; the example's own file where its alpha channel is the mask."""
+    source: Example | None = None
+    """The picture that it was made of, for a model that changes pictures."""
     taught: bool = False
     """Its target is not the noise but what the frozen base predicts: prior preservation without class pictures."""
     leaning: tuple[tuple[str, float], ...] = ()
@@ -49,6 +51,11 @@ class Example:
     """The captions are the picture's own, not the prompt for all."""
     facts: Facts | None = field(default=None, compare=False, repr=False)
     """What was found when the picture was decoded"""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The picture and those that belong to it."""
+        return (self.path, *([self.mask] if self.mask else []), *([self.source.path] if self.source else []))
 
 
 @dataclass(frozen=True)

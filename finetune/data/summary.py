@@ -110,7 +110,7 @@ def _captions(examples: Sequence[Example], items: Sequence[Item]) -> list[str]:
 def _left_alone(examples: Sequence[Example]) -> list[str]:
     """What else lies in the pictures' folders. A caption file that belongs to no picture is named too."""
     lines = []
-    found = {one.path for one in examples} | {one.mask for one in examples if one.mask}
+    found = {file for one in examples for file in one.files}
     for folder in dict.fromkeys(one.path.parent for one in examples):
         if folder == library.kept():
             continue

@@ -34,10 +34,8 @@ def prediction(family: Family) -> Tensor:
         for name, shape in family.condition_shapes().items()
     }
     channels, factor = family.latents()
-    if families.takes_mask(family):
-        conditions[families.BESIDE] = keys.normal((1, 1 + channels, SIDE, SIDE), 0, "verify", "beside").to(
-            denoiser.device
-        )
+    if more := families.beside(family):
+        conditions[families.BESIDE] = keys.normal((1, more, SIDE, SIDE), 0, "verify", "beside").to(denoiser.device)
     objective = family.objective()
     noised = keys.normal((1, channels, SIDE, SIDE), 0, "verify", "latents").to(denoiser.device)
     timesteps = objective.told(torch.tensor([objective.timesteps // 2], device=denoiser.device))

@@ -159,7 +159,7 @@ def _folder(path: Path) -> dict[str, Any]:
         parts[part] = parts.get(part, 0) + one.stat().st_size - start
         precisions.update(entry["dtype"] for entry in entries.values())
         metadata |= {f"{one.relative_to(path).as_posix()}: {key}": value for key, value in said.items()}
-    known = {**families.FAMILIES, **families.INPAINTING}.get(name)
+    known = families.KNOWN.get(name)
     return {
         "file": str(path),
         "bytes": sum(one.stat().st_size for one in files),

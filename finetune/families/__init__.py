@@ -16,11 +16,14 @@ from finetune.families.base import (
     Conditions,
     Family,
     TakesTokens,
+    beside,
     denoiser,
+    encode_sources,
     freeze,
     modules,
     sibling,
     takes_mask,
+    takes_source,
     text_encoders,
     tokenizers,
 )
@@ -34,13 +37,17 @@ from finetune.families.z_image import ZImage
 
 __all__ = [
     "BESIDE",
+    "EDITING",
     "FAMILIES",
     "INPAINTING",
+    "KNOWN",
     "Conditions",
     "Family",
     "Source",
     "TakesTokens",
+    "beside",
     "denoiser",
+    "encode_sources",
     "freeze",
     "known",
     "load",
@@ -49,6 +56,7 @@ __all__ = [
     "restore",
     "sibling",
     "takes_mask",
+    "takes_source",
     "text_encoders",
     "tokenizers",
     "wrap",
@@ -67,6 +75,12 @@ INPAINTING: dict[str, type[Family]] = {
     "StableDiffusionXLInpaintPipeline": StableDiffusionXL,
 }
 """Checkpoints whose denoiser takes a mask and the masked picture beside the noise. Their adapters fit the family's."""
+EDITING: dict[str, type[Family]] = {
+    "StableDiffusionInstructPix2PixPipeline": StableDiffusion,
+    "StableDiffusionXLInstructPix2PixPipeline": StableDiffusionXL,
+}
+"""Checkpoints that are told a picture, and change it as a prompt says."""
+KNOWN = {**FAMILIES, **INPAINTING, **EDITING}
 
 
 def wrap(pipeline: DiffusionPipeline) -> Family:
@@ -108,7 +122,7 @@ def restore(family: Family, source: Source, dtype: torch.dtype = torch.float32) 
 def known(pipeline_class: str) -> type[Family]:
     """The family of pipelines of this class. Raises Fault for those that are of none."""
     try:
-        return {**FAMILIES, **INPAINTING}[pipeline_class]
+        return KNOWN[pipeline_class]
     except KeyError:
         raise Fault(
             f"the model is a {pipeline_class}, which this version cannot train. Known are: {', '.join(FAMILIES)}."

@@ -11,7 +11,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,6 +27,7 @@ from finetune.families.original import Joined, Layout
 from finetune.objective import Diffusion, Flow, Objective
 from finetune.quiet import quiet
 
+EDITING = StableDiffusionInstructPix2PixPipeline, StableDiffusionXLInstructPix2PixPipeline
 CLIENTS = ("diffusers", "sd-scripts", "ComfyUI", "A1111", "Forge", "InvokeAI")
 
 
@@ -94,8 +102,8 @@ class Published:
 Conditions: TypeAlias = dict[str, Tensor]
 """What the denoiser is told about the pictures besides their noise: tensors by name, each (B, ...)."""
 BESIDE = "beside"
-"""The condition that inpainting checkpoints have besides those of prompts: what is drawn anew, 1 there, and the latents
-of the picture without it, (B, 1 + C, h, w)"""
+"""The condition that some checkpoints have besides those of prompts, as further channels beside the noised latents, see
+`takes_mask` and `takes_source`"""
 
 
 class Family(Protocol):
@@ -197,13 +205,38 @@ def denoiser(family: Family) -> nn.Module:
 
 
 def takes_mask(family: Family) -> bool:
-    """Whether the denoiser is told the mask and the masked picture as further channels: an inpainting checkpoint."""
+    """Whether the denoiser is told what is drawn anew, 1 there, and the latents of the picture without it, together
+    (B, 1 + C, h, w): an inpainting checkpoint."""
     part: Any = denoiser(family)
     return int(part.config.in_channels) == 2 * family.latents()[0] + 1
 
 
+def takes_source(family: Family) -> bool:
+    """Whether it is told the latents of a picture to change, (B, C, h, w): an instruct-pix2pix checkpoint (Brooks et
+    al. 2022, 2211.09800)."""
+    return isinstance(family.pipeline, EDITING)
+
+
+def beside(family: Family) -> int:
+    """How many channels the denoiser is given beside the noised latents."""
+    channels = family.latents()[0]
+    return 1 + channels if takes_mask(family) else channels if takes_source(family) else 0
+
+
+def encode_sources(family: Family, pictures: Tensor) -> Tensor:
+    """The latents of pictures to change, (B, C, h, w), float32: their modes, without the scale that others have.
+
+    (CosXL's edition of SDXL, which says so in its pipeline's configuration, has them scaled.)
+    """
+    mean, _ = family.encode_pictures(pictures)
+    if family.pipeline.config.get("is_cosxl_edit"):
+        return mean
+    vae: Any = modules(family)["vae"]
+    return mean / vae.config.scaling_factor
+
+
 def with_beside(noised: Tensor, conditions: Conditions) -> Tensor:
-    """What a UNet is given: behind the noised latents the mask and the masked picture, where there are these."""
+    """What a UNet is given: the noised latents, and behind them what stands beside them, where something does."""
     return torch.cat([noised, conditions[BESIDE].to(noised)], dim=1) if BESIDE in conditions else noised
 
 

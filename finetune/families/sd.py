@@ -109,7 +109,8 @@ class StableDiffusion:
     def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
         """text: (B, 77, D), the last hidden state after the final layer norm."""
         device = self.pipeline.text_encoder.device
-        text, _ = self.pipeline.encode_prompt(list(prompts), device, 1, do_classifier_free_guidance=False)
+        encode = StableDiffusionPipeline.encode_prompt  # which the pipeline that changes pictures does not have
+        text, _ = encode(self.pipeline, list(prompts), device, 1, do_classifier_free_guidance=False)
         return {"text": text}
 
     def words(self, prompts: Sequence[str], negative: str, guidance: float) -> dict[str, Any]:

@@ -179,6 +179,7 @@ def _class_in_file(file: Path) -> str:
         "inpainting": "StableDiffusionInpaintPipeline",
         "inpainting_v2": "StableDiffusionInpaintPipeline",
         "xl_inpaint": "StableDiffusionXLInpaintPipeline",
+        "instruct-pix2pix": "StableDiffusionInstructPix2PixPipeline",
     }
     return classes.get(kind, f"checkpoint of kind {kind!r}")
 

@@ -109,7 +109,8 @@ def _words(release: Release) -> Iterator[str]:
 def _pictures(release: Release) -> Iterator[str]:
     yield "## Pictures"
     how = ", ".join(f"{name} {text(value)}" for name, value in release.drawing.items())
-    yield f"Drawn with {how}; each file holds its settings."
+    under = ", under a mask of everything" if release.inpaints else ""
+    yield f"Drawn with {how}{under}; each file holds its settings."
     rows = [(f"![{text(one.prompt)}]({one.file})", text(one.prompt), str(one.seed)) for one in release.drawn]
     yield table(("picture", "prompt", "seed"), rows)
     if release.strength:
@@ -127,7 +128,7 @@ def _with_adapter(release: Release) -> Iterator[str]:
     if release.base and release.read_by("diffusers"):
         yield "**diffusers**"
         yield fence([*_loaded(release, release.base), f'pipeline.load_lora_weights("{release.repo}")',
-                     f"picture = pipeline({_python(prompt)}).images[0]"], "python")  # fmt: skip
+                     *_drawn(release)], "python")  # fmt: skip
         yield from _scheduler(release)
     if release.base and (file := release.read_by("PEFT")):
         yield "**PEFT**, for diffusers' pipeline"
@@ -168,8 +169,7 @@ def _injected(repo: str, file: str) -> list[str]:
 
 def _with_model(release: Release) -> Iterator[str]:
     yield "**diffusers**"
-    prompt = _python(_line(release.drawn[0].prompt))
-    yield fence([*_loaded(release, release.repo), f"picture = pipeline({prompt}).images[0]"], "python")
+    yield fence([*_loaded(release, release.repo), *_drawn(release)], "python")
 
 
 def _loaded(release: Release, model: str) -> list[str]:
@@ -180,6 +180,18 @@ def _loaded(release: Release, model: str) -> list[str]:
         "",
         f"pipeline = DiffusionPipeline.from_pretrained({_python(model)}{pinned}, torch_dtype=torch.float16)",
         'pipeline.to("cuda")',
+    ]
+
+
+def _drawn(release: Release) -> list[str]:
+    prompt = _python(_line(release.drawn[0].prompt))
+    if not release.inpaints:
+        return [f"picture = pipeline({prompt}).images[0]"]
+    return [
+        "from diffusers.utils import load_image",
+        "",
+        'image, mask = load_image("picture.png"), load_image("mask.png")  # white is drawn anew',
+        f"picture = pipeline({prompt}, image=image, mask_image=mask, strength=1.0).images[0]",
     ]
 
 

@@ -39,8 +39,9 @@ class Brush:
     def draw(self, prompt: str, seed: int, strength: float = 1.0) -> Image:
         if self.adapter is not None:
             export.set_strengths(self.family, {ADAPTER: strength})
+        whole = sampling.everything(self.family, self.size or self.family.resolution())
         [picture] = sampling.sample(
-            self.family, [prompt], [seed], steps=self.steps, guidance=self.guidance, size=self.size
+            self.family, [prompt], [seed], steps=self.steps, guidance=self.guidance, size=self.size, initial=whole
         )
         return picture
 

@@ -192,7 +192,7 @@ def _training(facts: Facts) -> Iterator[str]:
     """Names of the folders, and of the files in them."""
     yield from _telling(facts.run.absolute().name)
     for table in (*facts.concepts, facts.settings.get("prior") or {}):
-        for place in (table.get("data"), table.get("class_data"), table.get("masks")):
+        for place in (table.get("data"), table.get("class_data"), table.get("masks"), table.get("sources")):
             if place and not str(place).startswith("hf:"):
                 yield from _telling(Path(place).absolute().name)
                 yield from _below(Path(place))

@@ -151,6 +151,7 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
         usage=facts.header.get("modelspec.usage_hint"),
         embedded=facts.embedded,
         from_noise=from_noise,
+        inpaints=families.takes_mask(family),
     )
     if written and release.main in written.readers:
         shutil.copy(folder / drawn[0].file, folder / f"{wish.name}.preview.png")

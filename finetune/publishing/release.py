@@ -62,6 +62,8 @@ class Release:
     """Whether the base is `toybox`"""
     from_noise: bool = False
     """Whether it must be drawn from pure noise (--zero-terminal-snr)"""
+    inpaints: bool = False
+    """Whether it draws a part of a picture anew"""
 
     @property
     def adapts(self) -> bool:

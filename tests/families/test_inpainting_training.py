@@ -63,9 +63,11 @@ def test_holes_are_of_all_sizes_and_a_quarter_is_everything() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["lora", "dreambooth"])
-def test_it_trains_and_fills_masks_better(recipe: str, folder: Path, pictures: Path, tmp_path: Path) -> None:
+def test_it_trains_and_fills_masks_better(
+    recipe: str, folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With class pictures, samples and measuring, all drawn under a mask of everything; diffusers loads what is
-    written.
+    written. So are the pictures of what is published, and the card tells how to fill a mask.
     """
     run, rate = tmp_path / "run", "5e-2" if recipe == "lora" else "2e-3"
     cli.main(["train", recipe, "--model", str(folder), "--data", str(pictures), "--prompt", "sks dog", "--output",
@@ -75,6 +77,11 @@ def test_it_trains_and_fills_masks_better(recipe: str, folder: Path, pictures: P
               "--measure-steps", "1"])  # fmt: skip
     assert (run / "samples" / "step-000024-0.png").is_file()
     assert (run / "measured" / "step-000024" / "subject-01-seed0.png").is_file()
+    assert capsys.readouterr().out.rstrip().endswith('--prompt "sks dog" --init PICTURE --mask MASK')
+    cli.main(["publish", str(run), "--repo", "mary/sks-dog", "--base-model", "mary/inpainting", "--steps", "1",
+              "--count", "1", "--size", "64"])  # fmt: skip
+    card = (run / "publish" / "README.md").read_text()
+    assert "under a mask of everything" in card and "image=image, mask_image=mask, strength=1.0)" in card
     losses = []
     for made in (folder, folder if recipe == "lora" else run / "model"):
         pipeline = AutoPipelineForInpainting.from_pretrained(made)
@@ -102,3 +109,10 @@ def test_what_is_drawn_with_the_file_is_plain_diffusers_picture(folder: Path, pi
     [ours] = sampling.sample(family, ["a dog"], [3], initial=start, steps=2, guidance=4.0, size=64)
     apart = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int))
     assert apart[:, 32:].max() <= 1
+
+
+def test_a_film_strip_of_it_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["explain", "--model", str(folder), "--prompt", "a dog", "--output", str(tmp_path / "strip.png")])
+    assert refused.value.code == 2
+    assert "InpaintPipeline, which draws from a picture" in " ".join(capsys.readouterr().err.split())

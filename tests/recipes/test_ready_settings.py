@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 
 from finetune import cli, config, shelf
 
-TINY = {"sd15": "sd", "sd21": "sd-v", "sd35": "sd3", "toybox": "sd", "inpaint15": "sd-inpainting"}
+TINY = {
+    "sd15": "sd",
+    "sd21": "sd-v",
+    "sd35": "sd3",
+    "toybox": "sd",
+    "inpaint15": "sd-inpainting",
+    "pix2pix15": "sd-pix2pix",
+}
 """Of the families that files and `tiny` call by other names"""
 SHORT = ["--steps", "2", "--resolution", "64", "--save-every", "0", "--sample-every", "0", "--tracker", "none"]
 
@@ -38,6 +45,8 @@ def test_ready_settings_train(name: str, pictures: Path, tiny_models: dict[str, 
     words += ATTRIBUTE if recipe == "slider" else ["--data", str(pictures)]
     if what == "subject":
         words += ["--class-prompt", "a thing", "--class-images", "2", "--class-steps", "2"]
+    if what == "edits":
+        words += ["--sources", str(pictures)]
     cli.main(["train", recipe, "--config", name, *words])
 
     assert len((run / "log.jsonl").read_text().splitlines()) == 2

@@ -216,7 +216,7 @@ def _unknown(model: Model, framing: Framing) -> Finding:
 def _unused(data: Data, examples: Sequence[Example]) -> list[Finding]:
     """Files beside the pictures that are not trained on."""
     found = []
-    entered = {parent for one in examples for file in (one.path, one.mask or one.path) for parent in file.parents}
+    entered = {parent for one in examples for file in one.files for parent in file.parents}
     for path in lenient.folders(data):
         try:
             listing = folder.look(path)

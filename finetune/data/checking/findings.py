@@ -22,6 +22,7 @@ ADVICE = {
     "decoder": "Install what is named, save the picture as PNG or JPEG, or leave it out: --skip NAME ...",
     "mode": "Save it with 8 or 16 bits a channel, or leave it out: --skip NAME ...",
     "table": "Put the lines right that are named; all other pictures and captions stay as they are.",
+    "source": "Put the sources right that are named: each picture has the one that it was made of, under its name.",
     "mask": "Put the masks right that are named, or train without: leave out --masks and --alpha-masks.",
     "caption-file": "Save captions as UTF-8 text, one file for each picture: name.txt, or name.jpg.txt.",
     "caption-missing": 'Write the captions, or give one for all that have none: --prompt "a photo of sks dog".',
@@ -52,7 +53,7 @@ ADVICE = {
 """What to do about each kind of finding. Errors, warnings and notes are each told in this order."""
 
 CODES = {"place": "folder", "caption file": "caption-file", "no caption": "caption-missing", "table": "table",
-         "mask": "mask", "skip": "setting", "setting": "setting"}  # fmt: skip
+         "mask": "mask", "source": "source", "skip": "setting", "setting": "setting"}  # fmt: skip
 """Our codes of the problems that reading finds (`found.Problem`), other than unreadable pictures"""
 PICTURES = (("animated", "save the one to learn"), ("huge", "megapixels are read"), ("decoder", "needs a decoder"),
             ("mode", "32 bits a pixel"))  # fmt: skip

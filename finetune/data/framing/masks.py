@@ -19,7 +19,7 @@ from PIL import ImageChops
 from finetune.data.examples import Example
 from finetune.data.framing.geometry import Geometry
 from finetune.data.reading import pictures
-from finetune.data.reading.folder import look
+from finetune.data.reading.partners import Partners, alike
 from finetune.data.reading.pictures import BadPicture, printable
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 Levels = NDArray[np.uint8]
 """(height, width): 255 is trained, 0 is not"""
-TOLERANCE = 0.01
-"""Share by which a mask's aspect ratio may differ from its picture's: it was scaled and rounded."""
 WHITE = 128
 """The least that a mask's brightest pixel must be: masks of 0 and 1 look black, and are."""
 
@@ -40,19 +38,12 @@ def attach(examples: Sequence[Example], folder: Path | None, alpha: bool) -> tup
     `a.png`. One that the example has already stays. With `alpha`, what has none otherwise takes its own transparency;
     opaque pictures are trained whole. Raises Fault when the folder cannot be listed.
     """
-    listed = look(folder).pictures if folder is not None else ()
-    files: dict[str, list[Path]] = {}
-    for file in listed:
-        files.setdefault(file.stem, []).append(file)
-    sharing: dict[str, list[str]] = {}
-    for example in examples:
-        if example.mask is None and example.path.name not in files:
-            sharing.setdefault(example.path.stem, []).append(example.name or example.path.name)
+    partners = Partners(folder, [example for example in examples if example.mask is None], "mask")
     found, faults = [], []
     for example in examples:
         mask, fault = example.mask, None
         if mask is None and folder is not None:
-            mask, fault = _own(example, files, sharing)
+            mask, fault = partners.of(example)
         if mask is None and alpha and _transparent(example):
             mask, fault = example.path, None
         if mask is None and fault is None and folder is not None and not alpha:
@@ -79,8 +70,8 @@ def read(example: Example) -> tuple[Levels | None, str | None]:
         return None, f"{what}: {error.reason}"
     facts = example.facts or pictures.decode(example.path)[1]
     (height, width), wanted = found.shape, (facts.height, facts.width)
-    if not _alike((height, width), wanted):
-        turned = " The mask seems to be turned by 90 degrees." if _alike((width, height), wanted) else ""
+    if not alike((height, width), wanted):
+        turned = " The mask seems to be turned by 90 degrees." if alike((width, height), wanted) else ""
         return found, (
             f"{what} has {width} x {height} pixels, the picture (upright) {facts.width} x {facts.height}: another "
             f"shape.{turned} Save it in the picture's own size"
@@ -155,27 +146,5 @@ def _means(values: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[n
     return means
 
 
-def _own(
-    example: Example, files: dict[str, list[Path]], sharing: dict[str, list[str]]
-) -> tuple[Path | None, str | None]:
-    """The folder's mask of an example, or what is wrong; neither where there is none."""
-    name, stem = example.path.name, example.path.stem
-    several = files.get(name) or files.get(stem, [])
-    if not several:
-        return None, None
-    if len(several) > 1:
-        return None, f"several masks: {', '.join(printable(file.name) for file in several)}. Keep one"
-    if several[0].stem == stem and len(sharing.get(stem, ())) > 1:
-        both = ", ".join(printable(one) for one in sharing[stem])
-        return None, f"{printable(several[0].name)} would be the mask of {both}: name it {printable(name)}.png"
-    return several[0], None
-
-
 def _transparent(example: Example) -> bool:
     return (example.facts or pictures.decode(example.path)[1]).transparent
-
-
-def _alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether two (height, width) have the same aspect ratio, but for rounding to pixels."""
-    apart = abs(one[0] * other[1] - one[1] * other[0])
-    return apart <= max(TOLERANCE * one[1] * other[0], max(*one, *other))

@@ -63,7 +63,7 @@ def check(part: Part) -> list[str]:
 def _part(number: int, concept: Concept, data: Data) -> Part:
     own = {
         name: value
-        for name in ("data", "prompt", "trigger", "template", "masks", "alpha_masks", "validation")
+        for name in ("data", "prompt", "trigger", "template", "masks", "alpha_masks", "sources", "validation")
         if (value := getattr(concept, name)) is not None
     }
     filled = replace(data, **own, concepts=())

@@ -10,7 +10,7 @@ from typing import Literal
 from finetune.data.reading.pictures import printable
 from finetune.errors import Fault
 
-Code = Literal["place", "picture", "caption file", "no caption", "table", "mask", "skip", "setting"]
+Code = Literal["place", "picture", "caption file", "no caption", "table", "mask", "source", "skip", "setting"]
 """Kinds of problems: the folder or data set itself; a picture that cannot be read; a caption file; a picture without a
 caption; metadata.jsonl / .csv or columns; a mask; a --skip of nothing; a setting that does not fit the pictures."""
 

@@ -16,6 +16,7 @@ from finetune.data.framing import masks
 from finetune.data.reading import captions, concepts, folder, library, memo, metadata, pictures
 from finetune.data.reading.concepts import Part
 from finetune.data.reading.found import Found, Picture, Problem, listed
+from finetune.data.reading.partners import with_sources
 from finetune.data.reading.pictures import BadPicture, Facts, printable
 from finetune.errors import Fault
 from finetune.settings import Data
@@ -145,7 +146,12 @@ def _part(part: Part, texts: settings.Captions) -> tuple[list[Example], list[Pro
         examples, faults = masks.attach(examples, part.data.masks, part.data.alpha_masks)
     except Fault as fault:
         return examples, [*problems, *(replace(one, code="mask") for one in _of_fault(fault))]
-    return examples, problems + [Problem("mask", fault) for fault in faults]
+    problems += [Problem("mask", fault) for fault in faults]
+    try:
+        examples, faults = with_sources(examples, part.data.sources, part.data.background)
+    except Fault as fault:
+        return examples, [*problems, *(replace(one, code="source") for one in _of_fault(fault))]
+    return examples, problems + [Problem("source", fault) for fault in faults]
 
 
 def _captioned(

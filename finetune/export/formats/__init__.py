@@ -142,7 +142,7 @@ def family_of(adapter: Adapter) -> str | None:
     """What the adapter is for: its file says so, or only one family has such layers."""
     said = adapter.metadata
     own = headers.own(said).get("pipeline")
-    if own in {*families.FAMILIES, *families.INPAINTING}:
+    if own in families.KNOWN:
         return str(own)
     for name, family in families.FAMILIES.items():
         published = family.published
