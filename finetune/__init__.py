@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from finetune import adapters, config, data, export, families, keys, loop, objective, optim, priors, sampling
+    from finetune import adapters, config, data, export, families, keys, loop, objective, optim, priors, sampling, words
     from finetune.data.encoding import encode, release_frozen
     from finetune.errors import Failure, Fault
     from finetune.evaluation.during import Measured
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MODULES = [
     *("adapters", "config", "data", "export", "families", "keys", "loop", "objective", "optim", "priors", "sampling"),
+    "words",
 ]
 HOME = {
     "Failure": "errors",
@@ -64,6 +65,7 @@ __all__ = [
     "priors",
     "release_frozen",
     "sampling",
+    "words",
 ]
 
 

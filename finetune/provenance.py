@@ -24,6 +24,7 @@ TRAINING = (
     *("gradient_checkpointing", "trigger", "template", "title", "author", "license", "description", "tags"),
     *("ema", "debiased", "error", "huber_delta", "noise_offset", "input_perturbation", "zero_terminal_snr"),
     *("timesteps", "logit_mean", "logit_std", "timestep_shift", "tag_dropout", "caption_dropout", "crop", "buckets"),
+    *("word", "vectors", "init_words", "word_lr", "word_until", "adapter_from"),
 )
 """Settings of a run, by their names in `finetune.settings`."""
 PICTURE = (
