@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         priors,
         sampling,
         sliders,
+        words,
     )
     from finetune.data.encoding import encode, release_frozen
     from finetune.errors import Failure, Fault
@@ -35,20 +36,8 @@ if TYPE_CHECKING:
     from finetune.run import Run
 
 MODULES = [
-    *(
-        "adapters",
-        "config",
-        "data",
-        "export",
-        "families",
-        "keys",
-        "loop",
-        "objective",
-        "optim",
-        "priors",
-        "sampling",
-        "sliders",
-    ),
+    *("adapters", "config", "data", "export", "families", "keys", "loop", "objective", "optim", "priors", "sampling"),
+    *("sliders", "words"),
 ]
 HOME = {
     "Failure": "errors",
@@ -91,6 +80,7 @@ __all__ = [
     "release_frozen",
     "sampling",
     "sliders",
+    "words",
 ]
 
 

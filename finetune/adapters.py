@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lycoris_utils import LycorisLayer
 from torch import nn
 
-from finetune import butterfly, engine, families, keys, methods
+from finetune import butterfly, engine, families, keys, methods, words
 from finetune.errors import Fault
 from finetune.families import Family
 from finetune.quiet import quiet
-from finetune.settings import Adapter, Optim
+from finetune.settings import Adapter, Optim, Pivot, Words
 
 NAME = "default"
 """PEFT's name of the adapter that trains."""
@@ -37,10 +37,24 @@ class Group:
     """The pipeline's name of the module: "unet", "text_encoder"."""
     parameters: list[nn.Parameter]
     lr: float
+    start: int = 0
+    """The first step in which it trains, 0 being the run's"""
+    stop: int | None = None
+    """The first one in which it does not any more; None: it trains to the end"""
 
     @property
     def size(self) -> int:
         return sum(p.numel() for p in self.parameters)
+
+    @property
+    def when(self) -> str:
+        """The steps in which it trains, where these are not all."""
+        said = f" after step {self.start}" if self.start else ""
+        return said + (f" up to step {self.stop}" if self.stop is not None else "")
+
+    def trains(self, step: int) -> bool:
+        """Whether it does in this step, 0 being the run's first."""
+        return self.start <= step and (self.stop is None or step < self.stop)
 
 
 def check(adapter: Adapter, optim: Optim) -> None:
@@ -51,6 +65,28 @@ def check(adapter: Adapter, optim: Optim) -> None:
             f"--optimizer prodigy --lora-plus-ratio {adapter.lora_plus_ratio:g}: it finds one rate for all that "
             "trains. Leave the ratio out, or take another optimizer."
         )
+
+
+def check_pivot(pivot: Pivot, optim: Optim) -> None:
+    """Refuse parts of a run that cannot be. Needs no model."""
+    told = f"--word-until {pivot.word_until:g} --adapter-from {pivot.adapter_from:g}"
+    if not (0 < pivot.word_until <= 1 and 0 <= pivot.adapter_from < 1):
+        raise Fault(f"{told}: shares of the steps, the first more than 0 and at most 1, the second from 0 to below 1.")
+    if pivot.adapter_from > pivot.word_until:
+        raise Fault(f"{told}: nothing would train in between. Let the adapter begin where the word is held, or before.")
+    if optim.optimizer == "prodigy" and pivot.word_lr != optim.lr:
+        raise Fault(
+            f"--optimizer prodigy --lr {optim.lr:g} --word-lr {pivot.word_lr:g}: it finds one rate for all that trains "
+            f"together. Say --word-lr {optim.lr:g}."
+        )
+
+
+def in_turn(adapted: Sequence[Group], taught: Sequence[Group], pivot: Pivot, steps: int) -> list[Group]:
+    """The groups of an adapter and of new words, each in its part of the steps; both have one at least."""
+    stop = max(1, round(pivot.word_until * steps))
+    start = min(round(pivot.adapter_from * steps), steps - 1)
+    words_stop = None if stop >= steps else stop
+    return [replace(g, start=start) for g in adapted] + [replace(g, stop=words_stop) for g in taught]
 
 
 def adapt(family: Family, adapter: Adapter, lr: float, text_encoder_lr: float | None, seed: int) -> list[Group]:
@@ -82,9 +118,26 @@ def adapt(family: Family, adapter: Adapter, lr: float, text_encoder_lr: float | 
     return groups(family, lr, text_encoder_lr, adapter.lora_plus_ratio)
 
 
+def teach(
+    family: Family, new: Sequence[str], settings: Words, lr: float, seed: int, captions: Sequence[str] = ()
+) -> list[Group]:
+    """Teach the text encoders new words, whose vectors train: a group for each encoder. See `finetune.words`."""
+    return [Group(part, [rows], lr) for part, rows in words.teach(family, new, settings, seed, captions).items()]
+
+
+def taught(family: Family, lr: float) -> list[Group]:
+    """The groups of a family that was taught words."""
+    return [Group(part, [layer.rows], lr) for part, layer in words.taught(family).items()]
+
+
 def adapted(family: Family) -> list[Any]:
     """The parts that carry an adapter."""
     return [part for part in families.modules(family).values() if getattr(part, "peft_config", None)]
+
+
+def knows_base(family: Family) -> bool:
+    """Whether all that was trained can be switched `off`."""
+    return bool(adapted(family) or words.taught(family))
 
 
 def beside(family: Family) -> dict[str, nn.Parameter]:
@@ -134,7 +187,14 @@ def _require_used(adapter: Adapter, chosen: dict[str, methods.Places]) -> None:
 
 @contextmanager
 def off(family: Family) -> Iterator[None]:
-    """Inside, the adapter does nothing: the model is the frozen base."""
+    """Inside, the adapter does nothing and new words are what they began as: the model is the frozen base."""
+    with unadapted(family), words.off(family):
+        yield
+
+
+@contextmanager
+def unadapted(family: Family) -> Iterator[None]:
+    """Inside, the adapter does nothing."""
     parts, kept = adapted(family), beside(family).values()
     for part in parts:
         part.disable_adapters()
@@ -225,7 +285,8 @@ def groups(family: Family, lr: float, text_encoder_lr: float | None, plus: float
     made = []
     for part, rate in _rates(family, lr, text_encoder_lr).items():
         trained = {name: p for name, p in getattr(family.pipeline, part).named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in trained.items() if not name.endswith(f".{words.ROWS}")}  # see `taught`
         fast = [p for name, p in trained.items() if plus != 1 and ".lora_B." in name]
         slow = [p for name, p in trained.items() if plus == 1 or ".lora_B." not in name]
-        made += [Group(part, slow, rate)] + ([Group(part, fast, rate * plus)] if fast else [])
+        made += [Group(part, own, times) for own, times in ((slow, rate), (fast, rate * plus)) if own]
     return made

@@ -77,6 +77,16 @@ def recipe_of(file: Path) -> str | None:
     return recipe if isinstance(recipe, str) else None
 
 
+def new_words(settings: Mapping[str, Any]) -> list[str]:
+    """The words that a run teaches, of all its settings by table: those that are named, or the triggers; none where it
+    teaches none."""
+    if "words" not in settings:
+        return []
+    data = settings.get("data") or {}
+    each = [data, *(data.get("concepts") or settings.get("concepts") or ())]
+    return list(dict.fromkeys(settings["words"].get("word") or [one["trigger"] for one in each if one.get("trigger")]))
+
+
 def group(kind: type[C], file: Path, name: str) -> C:
     """One group of settings of a TOML file, whatever else is there; all defaults where the file has no such group.
 

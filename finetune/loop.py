@@ -150,7 +150,8 @@ class Training:
         order = Order(data.subjects, data.companions, train.batch_size * parts, train.seed)
         model = PictureLoss(family, data, loss).to(accelerator.device)
         optimizer, self.in_backward = self._optimizer(groups, full or Full())
-        self.scheduler = optim.schedule(optimizer, settings, train.steps)
+        self.groups, self.resting = list(groups), [False] * len(groups)
+        self.scheduler = optim.schedule(optimizer, settings, train.steps, self.groups if _in_turns(groups) else ())
         self.batches = Batches(data, order, model.objective.timesteps, accelerator.device)
         if train.gradient_checkpointing:
             _checkpoint_activations(family)
@@ -264,15 +265,16 @@ class Training:
         return rounding.stochastic(value, keys.generator(*key, device=value.device))
 
     def _step(self) -> Report:
-        start, lr, step = time.perf_counter(), optim.rate(self.optimizer), self.done
-        early = self.in_backward
+        start, step, early = time.perf_counter(), self.done, self.in_backward
         completing: Completing = early.last_pass if early else nullcontext
         acting = partial(adapters.at, self.whole.family)
-        loss = _accumulate(self.model, self.batches, step, self.train, self.accelerator, completing, acting)
-        norm = early.norm(self.parameters.values()) if early else self._clip()
-        torn = early is not None and len(early.optimizer.stepped) > 0
-        _require_finite(loss, norm, step, self.batches, self.accelerator, torn)
-        self.optimizer.step()
+        with self._in_turn():
+            lr = optim.rate(self.optimizer)
+            loss = _accumulate(self.model, self.batches, step, self.train, self.accelerator, completing, acting)
+            norm = early.norm(self.parameters.values()) if early else self._clip()
+            torn = early is not None and len(early.optimizer.stepped) > 0
+            _require_finite(loss, norm, step, self.batches, self.accelerator, torn)
+            self.optimizer.step()
         self.optimizer.zero_grad()
         if not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
@@ -282,6 +284,28 @@ class Training:
         self.losses.append(loss)
         seconds = time.perf_counter() - start
         return Report(step + 1, loss, norm, lr, seconds, self._validate() if self._validates() else None)
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Inside, those groups rest whose steps do not include this one: they need no gradient, and nothing moves them.
+
+        Outside all are as if they trained, so that what asks which parts do is told the same at any time.
+        """
+        resting = [not group.trains(self.done) for group in self.groups]
+        if not any(resting) and not any(self.resting):
+            yield
+            return
+        still = [p for group, rests in zip(self.groups, resting, strict=True) if rests for p in group.parameters]
+        for parameter in still:
+            parameter.requires_grad_(False)
+        if resting != self.resting:
+            self.model, self.resting = sharding.again(self.model, self.accelerator), resting
+        try:
+            with optim.only(self.optimizer, [not rests for rests in resting]):
+                yield
+        finally:
+            for parameter in still:
+                parameter.requires_grad_(True)
 
     def _clip(self) -> float:
         """Clip the gradients; their norm before."""
@@ -302,6 +326,11 @@ class Training:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens now."""
     return every > 0 and step % every == 0
+
+
+def _in_turns(groups: Sequence[Group]) -> bool:
+    """Whether some do not train in all steps."""
+    return any(group.start or group.stop is not None for group in groups)
 
 
 def named(family: Family, groups: Sequence[Group]) -> dict[str, nn.Parameter]:

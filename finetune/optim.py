@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
@@ -199,15 +199,31 @@ def rate(optimizer: Optimizer) -> float:
     return float(first["lr"]) * float(first.get("d", 1.0))
 
 
-def schedule(optimizer: Optimizer, settings: Optim, steps: int) -> LRScheduler:
-    """The rate over the run: a linear warm-up, then constant, or falling to zero at the last step."""
+def schedule(optimizer: Optimizer, settings: Optim, steps: int, groups: Sequence[Group] = ()) -> LRScheduler:
+    """The rate over the run: a linear warm-up, then constant, or falling to zero at the last step.
+
+    `groups`: the optimizer's own, where some train in a part of the steps only: each begins and ends with its part.
+    """
+    spans = [(group.start, steps if group.stop is None else group.stop) for group in groups]
+    spans = spans or [(0, steps)] * len(optimizer.param_groups)
+    return LambdaLR(optimizer, [_later(_factor(settings, stop - start), start) for start, stop in spans])
+
+
+def _later(factor: Callable[[int], float], start: int) -> Callable[[int], float]:
+    return lambda step: factor(max(0, step - start))
+
+
+def _factor(settings: Optim, steps: int) -> Callable[[int], float]:
+    """What the rate is multiplied by in each step."""
     if settings.schedule == "polynomial":
-        return _polynomial(optimizer, settings.warmup, steps, settings.schedule_power)
+        return _polynomial(settings.warmup, steps, settings.schedule_power)
     name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-    return get_scheduler(name, optimizer, num_warmup_steps=settings.warmup, num_training_steps=steps)
+    nothing = torch.optim.SGD([torch.zeros(1)])
+    made: Any = get_scheduler(name, nothing, num_warmup_steps=settings.warmup, num_training_steps=steps)
+    return made.lr_lambdas[0]
 
 
-def _polynomial(optimizer: Optimizer, warmup: int, steps: int, power: float) -> LRScheduler:
+def _polynomial(warmup: int, steps: int, power: float) -> Callable[[int], float]:
     """lr * (share of the steps after the warm-up that is left) ** power.
 
     diffusers' own takes one rate for all groups and ends at 1e-7.
@@ -218,7 +234,19 @@ def _polynomial(optimizer: Optimizer, warmup: int, steps: int, power: float) -> 
             return step / warmup
         return (max(0, steps - step) / max(1, steps - warmup)) ** power
 
-    return LambdaLR(optimizer, factor)
+    return factor
+
+
+@contextmanager
+def only(optimizer: Any, groups: Sequence[bool]) -> Iterator[None]:
+    """Inside, the optimizer knows these of its groups alone: the others are not stepped, decayed or counted."""
+    inner = _inner(optimizer)[0]
+    every = inner.param_groups
+    inner.param_groups = [group for group, known in zip(every, groups, strict=True) if known]
+    try:
+        yield
+    finally:
+        inner.param_groups = every
 
 
 def _class(name: str) -> Any:

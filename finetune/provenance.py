@@ -29,6 +29,7 @@ TRAINING = (
     *("ema", "debiased", "error", "huber_delta", "noise_offset", "input_perturbation", "zero_terminal_snr"),
     *("target", "positive", "negative", "preserve", "eta", "target_images", "target_steps", "target_guidance"),
     *("timesteps", "logit_mean", "logit_std", "timestep_shift", "tag_dropout", "caption_dropout", "crop", "buckets"),
+    *("word", "vectors", "init_words", "word_lr", "word_until", "adapter_from"),
 )
 """Settings of a run, by their names in `finetune.settings`."""
 UNTOLD = (

@@ -300,18 +300,20 @@ class Run:
         path.parent.mkdir(exist_ok=True)
         return path
 
-    def keep_best(self, training: Training, name: str, save: Callable[[str], object]) -> None:
+    def keep_best(self, training: Training, name: str, save: Callable[[str], object], *beside: str) -> None:
         """Write RUN/best, where checkpoints were measured: `name`, the result, as the best one's weights give it.
 
-        `save` writes what the live model is, which takes these weights for good. Where the last state is the best one,
-        its files are there under a second name (hard links; copies where a disk has none), and take no more room.
+        `save` writes what the live model is, which takes these weights for good, and the files `beside` it. Where the
+        last state is the best one, its files are there under a second name (hard links; copies where a disk has none),
+        and take no more room.
         """
         step = self.keeper.best(training)
         if step is None:
             return
         self.fresh(BEST).mkdir()
         if step == training.done:
-            _linked(self.folder / name, self.folder / BEST / name)
+            for file in (name, *beside):
+                _linked(self.folder / file, self.folder / BEST / file)
         else:
             trained.become(training.whole.family, self.folder / checkpoints.name(step))
             save(f"{BEST}/{name}")
@@ -355,7 +357,7 @@ class Run:
         epoch = sum(item.example.repeats for item in subjects)
         rows = {
             "model": f"{family.title}, predicts {family.objective().prediction}",
-            "trains": ", ".join(f"{group.part} {_count(group.size)} at {group.lr:g}" for group in groups),
+            "trains": ", ".join(f"{group.part} {_count(group.size)} at {group.lr:g}{group.when}" for group in groups),
             "frozen": ", ".join(
                 f"{name} {_count(sum(p.numel() for p in part.parameters() if not p.requires_grad))}"
                 for name, part in families.modules(family).items()

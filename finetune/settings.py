@@ -259,6 +259,33 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Words:
+    """New words of the text encoders (textual inversion, Gal et al. 2022, 2208.01618)."""
+
+    word: tuple[str, ...] = ()
+    """The new words, as the captions have them: small letters, digits, - and _. Each becomes a file of its name.
+    Default: the trigger, or those of the concepts."""
+    vectors: int = 4
+    """Vectors of each word: more hold finer detail, take as many of a prompt's 75 places, and are harder to change by
+    what else a prompt says; 1 to 8 are usual."""
+    init_words: str | None = None
+    """Words of the base that the vectors begin as, e.g. "toy": what is learned is a kind of it. Several share out the
+    vectors. Default: random vectors, as far out as the base's words are."""
+
+
+@dataclass(frozen=True)
+class Pivot:
+    """First the word, then the adapter around it (pivotal tuning, Roich et al. 2021, 2106.05744)."""
+
+    word_lr: float = 1e-3
+    """Learning rate of the word's vectors."""
+    word_until: float = 0.5
+    """Share of the steps after which the vectors are held; 1 trains them to the end."""
+    adapter_from: float = 0.5
+    """Share of the steps before which the adapter rests; 0 trains both from the beginning."""
+
+
+@dataclass(frozen=True)
 class Full:
     """The denoiser's weights train: which of them, and how they are held and stepped where memory is short."""
 

@@ -40,6 +40,13 @@ def prepare(model: nn.Module, optimizer: Any, accelerator: Accelerator, max_grad
     return accelerator.prepare(model, optimizer)
 
 
+def again(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The model, prepared again after other parameters of it need gradients than did: DDP waits for those it knew."""
+    if accelerator.num_processes == 1:
+        return model
+    return accelerator.prepare_model(accelerator.unwrap_model(model, keep_fp32_wrapper=False))
+
+
 def adding_up(model: Any, accelerator: Accelerator) -> AbstractContextManager[None]:
     """Around a forward and backward pass whose gradients are not yet a step's all: nothing is sent, or nothing done."""
     return zero.adding_up(model) if engine.running(accelerator) == "deepspeed" else accelerator.no_sync(model)

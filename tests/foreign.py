@@ -1,9 +1,10 @@
-"""Adapter files as other programs write them, with one thing or another about their names and alphas."""
+"""Files as other programs write them, with one thing or another about their names and alphas, and as they read them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -132,3 +133,15 @@ def _tensors(name: str, weight: Tensor, names: str, form: str, alpha: float | No
     return {f"{name}.{tensor}": value for tensor, value in made.items()} | (
         {} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)}
     )
+
+
+def load_word(pipeline: Any, file: Path) -> None:
+    """An embedding onto a pipeline, as diffusers' documentation does it."""
+    tensors = load_file(file)
+    if len(tensors) == 1:
+        pipeline.load_textual_inversion(str(file))
+        return
+    for name, part in {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}.items():
+        parts = {"text_encoder": getattr(pipeline, part),
+                 "tokenizer": getattr(pipeline, part.replace("text_encoder", "tokenizer"))}  # fmt: skip
+        pipeline.load_textual_inversion(tensors[name], token=file.stem, **parts)

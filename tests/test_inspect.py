@@ -18,7 +18,7 @@ from finetune import cli, export
 from finetune.export import formats
 
 FILE_KEYS = {"file", "what", "format", "family", "bytes", "tensors", "parts", "precisions", "metadata", "problems"}
-MORE_KEYS = FILE_KEYS | {"base", "base_version", "title", "trigger", "settings", "hashes"}
+MORE_KEYS = FILE_KEYS | {"base", "base_version", "title", "trigger", "words", "settings", "hashes"}
 ADAPTER_KEYS = MORE_KEYS | {"kinds", "layers", "ranks", "alphas", "norms"}
 
 

@@ -11,18 +11,21 @@ from tyro.conf import Positional
 from finetune.errors import Fault
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from finetune.export.trained import Loaded, Trained
     from finetune.families import Source
 
-Form = Literal["diffusers", "kohya", "peft", "merged", "single-file", "all"]
+Form = Literal["diffusers", "kohya", "peft", "embedding", "merged", "single-file", "all"]
 FILES = {
     "diffusers": "{}-diffusers.safetensors",
     "kohya": "{}-kohya.safetensors",
     "peft": "{}-peft.safetensors",
+    "embedding": "",
     "merged": "{}-merged",
     "single-file": "{}-single-file.safetensors",
 }
-"""What is written for each format, in this order."""
+"""What is written for each format, in this order. Embeddings are called by their words, as programs call them."""
 ADAPTERS = ("diffusers", "kohya", "peft")
 """Those that hold an adapter alone; the others hold the whole model."""
 
@@ -35,7 +38,8 @@ class Config:
     """A run's folder, an adapter file of any format, or a diffusers folder."""
     format: tuple[Form, ...]
     """`kohya`: an adapter for A1111, Forge, ComfyUI, InvokeAI and sd-scripts. `diffusers`: one for diffusers and PEFT.
-    `peft`: LoHa, LoKr, OFT and (IA)3 for PEFT.
+    `peft`: LoHa, LoKr, OFT and (IA)3 for PEFT. `embedding`: new words, for all of them; an adapter that was trained
+    around them brings them with it.
     `merged`: the whole model as a diffusers folder. `single-file`: the whole model as one checkpoint for all of them.
     `all`: each that applies."""
     output: Path
@@ -63,14 +67,19 @@ def main(config: Config) -> None:
     found = trained.find(config.source, config.step)
     source = _base(config, found)
     forms = _forms(config, found, source)
-    targets = _targets(config, found, forms)
+    words = found.words if {"embedding", *ADAPTERS} & set(forms) else []
+    files = {word: config.output / f"{word}.safetensors" for word in words}
+    targets = _targets(config, found, [form for form in forms if form != "embedding"])
+    _make_room(config.output, [*targets.values(), *files.values()])
     loaded = trained.load(found, source)
-    for form in forms:
-        _write(loaded, form, targets[form], config.dtype)
+    for form, target in targets.items():
+        _write(loaded, form, target, config.dtype)
+    if words:
+        _write_words(loaded, found, source, files)
     print(f"{config.source}: {found.said}, written in {config.dtype}, loaded back and found equal:")
-    for form in forms:
-        files = [path for path in (targets[form], *targets[form].rglob("*")) if path.is_file()]
-        print(f"  {targets[form]}  {weights.said(sum(path.stat().st_size for path in files))}")
+    for target in (*targets.values(), *files.values()):
+        size = sum(path.stat().st_size for path in (target, *target.rglob("*")) if path.is_file())
+        print(f"  {target}  {weights.said(size)}")
 
 
 def _base(config: Config, found: Trained) -> Source | None:
@@ -108,10 +117,16 @@ def _refusal(form: str, found: Trained, source: Source | None) -> str | None:
     from finetune.export.single_file import UNKNOWN
 
     family = found.family(source)
+    if form == "embedding":
+        return None if found.words else "no new words were taught."
+    if form == "single-file" and found.words:
+        return "a checkpoint file has no place for new words. Take merged, or an adapter's format with its embeddings."
     if form == "single-file" and not family.published.single_file:
         return UNKNOWN.format(family.title)
     if form not in ADAPTERS:
         return None if source is not None else "a whole model needs the adapter's base. Name it: --model."
+    if not found.adapts and found.words:
+        return "new words were taught, and no adapter trained. Take embedding."
     if not found.adapts:
         return "this is a whole model, no adapter. Take merged or single-file."
     refused = formats.refused(found.adapter, form, family) if found.adapter is not None else None
@@ -123,14 +138,24 @@ def _targets(config: Config, found: Trained, forms: list[str]) -> dict[str, Path
         raise Fault(f"{config.output}: a file, where --output names a folder.")
     if config.name is not None and Path(config.name).name != config.name:
         raise Fault(f"--name {config.name}: a name without a folder; --output names the folder.")
-    targets = {form: config.output / FILES[form].format(config.name or found.name) for form in forms}
-    if there := [str(path) for path in targets.values() if path.exists()]:
+    return {form: config.output / FILES[form].format(config.name or found.name) for form in forms}
+
+
+def _make_room(folder: Path, targets: Sequence[Path]) -> None:
+    if there := [str(path) for path in targets if path.exists()]:
         raise Fault("something is there already, and is not written over. Name another --output or --name.", there)
     try:
-        config.output.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Fault(f"{config.output}: cannot be made ({error.strerror}). Name another --output.") from error
-    return targets
+        raise Fault(f"{folder}: cannot be made ({error.strerror}). Name another --output.") from error
+
+
+def _write_words(loaded: Loaded, found: Trained, source: Source | None, files: Mapping[str, Path]) -> None:
+    from finetune import export
+
+    assert loaded.family is not None and source is not None, "words are a run's, and it tells its base"
+    settings = {**found.settings, "words": {**found.settings["words"], "word": found.words}}
+    export.embeddings(loaded.family, source, files, settings=settings, learned=loaded.words)
 
 
 def _write(loaded: Loaded, form: str, path: Path, precision: str) -> None:

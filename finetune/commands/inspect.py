@@ -13,6 +13,7 @@
 of files, not folders:
 
     base, base_version, title, trigger    str or null, as the header says
+    words                         [str]: new words (textual inversion) that it holds, or that it was trained with
     settings                      {name: value}: how it was trained, where this toolkit did
     hashes                        [{"name": str, "told": str, "found": str, "holds": bool}]
 
@@ -99,6 +100,7 @@ def _facts(told: dict[str, Any]) -> dict[str, str]:
         "base": ", ".join(str(told[name]) for name in ("base", "base_version") if told.get(name)),
         "title": told.get("title"),
         "trigger": told.get("trigger"),
+        "new words": _new_words(told),
         "layers": ", ".join(f"{count} {kind}" for kind, count in told.get("kinds", {}).items()),
         "rank": _counted(told.get("ranks", []), "rank"),
         "alpha": _counted(told.get("alphas", []), "alpha"),
@@ -108,6 +110,13 @@ def _facts(told: dict[str, Any]) -> dict[str, str]:
         + ", ".join(f"{name} {count}" for name, count in told["precisions"].items()),
     }
     return {name: str(value) for name, value in facts.items() if value}
+
+
+def _new_words(told: dict[str, Any]) -> str:
+    """Those that it holds; of an adapter the files that belong to it."""
+    files = told["what"] == "adapter"
+    said = ", ".join(f"{word}.safetensors" if files else word for word in told.get("words", []))
+    return f"goes with {said}" if said and files else said
 
 
 def _counted(rows: list[dict[str, Any]], name: str) -> str:

@@ -32,7 +32,7 @@ from finetune.glance import EMBEDDED
 from finetune.loop import Training, due
 from finetune.previews import able_to_draw
 from finetune.run import Run
-from finetune.settings import Measure
+from finetune.settings import Measure, Prior
 
 FOLDER = MEASURED
 PROTOCOL = "short"
@@ -146,7 +146,7 @@ class Measured:
         with ExitStack() as stack:
 
             def load() -> Family:
-                if base and step and not adapters.adapted(family):
+                if base and step and not adapters.knows_base(family):
                     raise Fault("the base's pictures were not drawn before the first step, and all weights train")
                 stack.enter_context(able_to_draw(self.run, family, made.source))
                 stack.enter_context(adapters.off(family) if base else nullcontext())
@@ -185,7 +185,7 @@ def _is_on(settings: Measure, model: str) -> bool:
 def _subjects(config: Any, examples: Sequence[Example]) -> list[prompts.Subject]:
     settings, model = config.measure, config.model.model
     asked = prompts.Asked(settings.measure_prompts, settings.subject, settings.class_name)
-    return prompts.subjects(config.data, config.prior, examples, asked, PROTOCOL, model)
+    return prompts.subjects(config.data, getattr(config, "prior", Prior()), examples, asked, PROTOCOL, model)
 
 
 def _plan(

@@ -105,7 +105,7 @@ def _states(run: Path, steps: Sequence[str]) -> list[tuple[str, int, str | None]
     """
     entry = ledger.read(run)
     total = (entry.step if entry.state == "finished" else entry.steps) if entry else 0
-    written = any((run / name).exists() for name in ("adapter.safetensors", "model"))
+    written = trained.find(run).checkpoint is None
     found: dict[str, tuple[str, int, str | None]] = {}
     kept = [step for step in checkpoints.steps(run) if not (written and step == total)]
     for asked in steps or [*map(str, kept), *([RESULT] if written else [])]:
@@ -152,9 +152,10 @@ def identity(found: trained.Trained) -> str:
         return Source(str(found.folder)).identity()
     if found.checkpoint is not None:
         return checkpoints.identity(found.checkpoint)
-    assert found.file is not None
-    with found.file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    hashed = hashlib.sha256()
+    for file in [found.file, *found.embeddings] if found.file else found.embeddings:
+        hashed.update(file.read_bytes())
+    return hashed.hexdigest()
 
 
 def _validations(run: Path) -> dict[int, float]:

@@ -54,6 +54,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "base_version": said.get("ss_base_model_version"),
         "title": said.get("modelspec.title") or said.get("ss_output_name"),
         "trigger": said.get("modelspec.trigger_phrase") or own.get("trigger") or own.get("prompt"),
+        "words": _words(own),
         "settings": own,
         "metadata": {name: value for name, value in sorted(said.items()) if name != headers.OWN},
         "hashes": [{"name": one.name, "told": one.told, "found": one.found, "holds": one.holds}
@@ -94,6 +95,12 @@ def _norms(adapter: Adapter) -> list[dict[str, Any]]:
         {"block": block, "layers": len(sizes), "norm": None if None in sizes else sum(filter(None, sizes)) ** 0.5}
         for block, sizes in squares.items()
     ]
+
+
+def _words(own: Mapping[str, Any]) -> list[str]:
+    """The new words that a file was trained with: it goes with their embeddings, or is one."""
+    word = own.get("word") if "vectors" in own else None
+    return [word] if isinstance(word, str) else list(word or ())
 
 
 def _square(layer: Layer) -> float:

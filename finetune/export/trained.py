@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune import adapters, checkpoints, config, families, ledger, optim
+from finetune import adapters, checkpoints, config, embeddings, families, ledger, optim, words
 from finetune.adapters import NAME
 from finetune.errors import Failure, Fault
 from finetune.export import formats, in_weights, metadata
@@ -23,7 +23,8 @@ from finetune.families import Family, Source
 from finetune.keeping import best_step
 from finetune.loop import named
 from finetune.settings import Adapter as AdapterSettings
-from finetune.settings import Optim
+from finetune.settings import Optim, Words
+from finetune.words import Vectors
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Trained:
     """A diffusers folder of a whole model."""
     checkpoint: Path | None = None
     """A state of a run."""
+    embeddings: tuple[Path, ...] = ()
+    """Files of new words, alone or beside the adapter."""
     run: Path | None = None
     """The run's folder, where it is of a run."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -48,13 +51,18 @@ class Trained:
     @property
     def said(self) -> str:
         """What it is."""
-        kind = "the adapter" if self.adapts else "the model"
+        kind = "the adapter" if self.adapts else "the embedding" if self.words else "the model"
         return f"{kind} of {self.checkpoint.name}" if self.checkpoint is not None else kind
 
     @property
     def adapts(self) -> bool:
         """Whether it is an adapter; else it is a whole model."""
         return self.file is not None or (self.checkpoint is not None and "adapter" in self.settings)
+
+    @property
+    def words(self) -> list[str]:
+        """The new words that text encoders were taught."""
+        return words.names(self.settings)
 
     def family(self, base: Source | None) -> type[Family]:
         """Of the base, or what the adapter's file says. Raises Fault when these differ, or where there is neither."""
@@ -94,6 +102,8 @@ class Loaded:
     """Whether the family carries the adapter beside its weights; else it is in them."""
     metadata: Mapping[str, str]
     """What its files' headers say of it."""
+    words: Mapping[str, Vectors] = field(default_factory=dict)
+    """What the new words have become."""
 
 
 def find(place: Path, step: str | None = None) -> Trained:
@@ -116,8 +126,12 @@ def find(place: Path, step: str | None = None) -> Trained:
         )
     name, settings = place.resolve().name, config.tables(place / ledger.SETTINGS)
     file, folder = place / "adapter.safetensors", place / "model"
+    new = tuple(place / f"{word}.safetensors" for word in words.names(settings))
+    beside = new if all(one.is_file() for one in new) else ()
     if step is None and file.is_file():
-        return Trained(name, file=file, adapter=formats.read(file), run=place, settings=settings)
+        return Trained(name, file=file, adapter=formats.read(file), embeddings=beside, run=place, settings=settings)
+    if step is None and beside and "adapter" not in settings:
+        return Trained(name, embeddings=beside, run=place, settings=settings)
     if step is None and folder.is_dir():
         return Trained(name, folder=folder, run=place, settings=settings)
     checkpoint = _checkpoint(place, step or "last")
@@ -130,14 +144,27 @@ def load(trained: Trained, source: Source | None) -> Loaded:
         return _load_state(trained, trained.checkpoint, source)
     if trained.file is None:
         family = families.load(source or Source(str(trained.folder)))
-        return Loaded(None, family, False, metadata.of_run(family, trained.settings, None))
+        return Loaded(
+            None, family, False, metadata.of_run(family, trained.settings, None), _put_words_on(family, trained)
+        )
     adapter = trained.adapter or formats.read(trained.file)
     told = metadata.passed_on(adapter.metadata)
     if source is None:
         return Loaded(adapter, None, False, told)
     family = families.load(source)
+    learned = _put_words_on(family, trained)
     carries = put_on(family, adapter, trained.file)
-    return Loaded(adapter, family, carries, told)
+    return Loaded(adapter, family, carries, told, learned)
+
+
+def _put_words_on(family: Family, trained: Trained) -> dict[str, Vectors]:
+    """Teach the base the words of the run's files. What they are."""
+    learned: dict[str, Vectors] = {}
+    for word, path in zip(trained.words, trained.embeddings, strict=bool(trained.embeddings)):
+        read = embeddings.read(path)
+        embeddings.put_on(family, read)
+        learned[word] = dict(zip(families.text_encoders(family), read.vectors, strict=True))
+    return learned
 
 
 def put_on(family: Family, adapter: Adapter, path: Path) -> bool:
@@ -189,7 +216,7 @@ def become(family: Family, path: Path, state: Mapping[str, Any] | None = None) -
     state = state or checkpoints.load(path).state
     training, how = state["training"], Optim(**state["settings"]["optim"])
     plus = state["settings"].get("adapter", {}).get("lora_plus_ratio", 1.0)
-    groups = adapters.groups(family, how.lr, how.text_encoder_lr, plus)
+    groups = adapters.groups(family, how.lr, how.text_encoder_lr, plus) + adapters.taught(family, how.lr)
     average = training["average"]["average"] if training["average"] else None
     _put_back(path, named(family, groups), average or training["parameters"])
     _put_back(path, adapters.beside(family), training.get("beside", {}))
@@ -207,16 +234,22 @@ def _load_state(trained: Trained, path: Path, source: Source | None) -> Loaded:
     how = Optim(**settings["optim"])
     rates = how.lr, how.text_encoder_lr
     if trained.adapts:
-        told: dict[str, Any] = settings["adapter"]
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
-        adapters.adapt(family, AdapterSettings(**values), *rates, seed=0)  # type: ignore[arg-type]
-    else:
+        adapters.adapt(family, AdapterSettings(**_given(settings["adapter"])), *rates, seed=0)
+    elif not trained.words:
         adapters.full(family, *rates, parts=settings.get("full", {}).get("parts", ()))
+    if trained.words:
+        adapters.teach(family, trained.words, Words(**_given(settings["words"])), how.lr, settings["train"]["seed"])
     become(family, path, state)
+    learned = words.vectors(family, trained.words) if trained.words else {}
+    words.settle(family)
     adapter = carried(family, NAME) if trained.adapts else None
-    return Loaded(
-        adapter, family, trained.adapts, metadata.of_run(family, settings, "lora" if trained.adapts else None)
-    )
+    told = metadata.of_run(family, settings, "lora" if trained.adapts else None)
+    return Loaded(adapter, family, trained.adapts, told, learned)
+
+
+def _given(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table's settings as their dataclass has them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
 
 
 def _put_back(path: Path, parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:

@@ -123,6 +123,9 @@ class Family(Protocol):
     """Those of the text encoders that can be trained: whose adapters diffusers loads."""
     optional_parts: ClassVar[tuple[str, ...]]
     """Parts that a checkpoint may do without."""
+    embedding_names: ClassVar[tuple[str, ...]]
+    """What files of new words (textual inversion) call the vectors of each text encoder, "" being the word itself.
+    None: it is taught no words."""
     published: ClassVar[Published]
     """Its names in adapter files."""
     from_picture: ClassVar[type[DiffusionPipeline] | None]

@@ -86,6 +86,7 @@ class Flux:
     text_adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
     trained_text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     optional_parts: ClassVar[tuple[str, ...]] = ()
+    embedding_names: ClassVar[tuple[str, ...]] = ()
     published: ClassVar[Published] = Published(
         text=("lora_te1", "lora_te3"),
         original=None,

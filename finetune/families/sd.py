@@ -53,6 +53,7 @@ class StableDiffusion:
     text_adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
     trained_text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     optional_parts: ClassVar[tuple[str, ...]] = ()
+    embedding_names: ClassVar[tuple[str, ...]] = ("",)
     published: ClassVar[Published] = Published(
         text=("lora_te",),
         original=None,

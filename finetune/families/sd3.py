@@ -82,6 +82,7 @@ class StableDiffusion3:
     text_adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
     trained_text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     optional_parts: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
+    embedding_names: ClassVar[tuple[str, ...]] = ()
     published: ClassVar[Published] = Published(
         text=("lora_te1", "lora_te2", "lora_te3"),
         original=None,

@@ -60,6 +60,7 @@ class StableDiffusionXL:
     text_adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
     trained_text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     optional_parts: ClassVar[tuple[str, ...]] = ()
+    embedding_names: ClassVar[tuple[str, ...]] = ("clip_l", "clip_g")
     published: ClassVar[Published] = Published(
         text=("lora_te1", "lora_te2"),
         original=Layout(attends=frozenset({0, 1})),

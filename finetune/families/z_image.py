@@ -43,6 +43,7 @@ class ZImage:
     text_adapter_targets: ClassVar[tuple[str, ...]] = ()
     trained_text_encoders: ClassVar[tuple[str, ...]] = ()
     optional_parts: ClassVar[tuple[str, ...]] = ()
+    embedding_names: ClassVar[tuple[str, ...]] = ()
     published: ClassVar[Published] = Published(
         text=("lora_te1",),
         original=None,

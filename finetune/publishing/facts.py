@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import ledger, provenance, weights
+from finetune.config import new_words
 from finetune.errors import Fault
 from finetune.evaluation import tables
 from finetune.evaluation.tables import State
@@ -179,6 +180,11 @@ def read(run: Path) -> Facts:
     facts = Facts(
         run, tomllib.loads((run / ledger.SETTINGS).read_text(encoding="utf-8")), tuple(_log(run / ledger.LOG))
     )
+    if words := new_words(facts.settings):
+        raise Fault(
+            f"{run}: it taught new words ({', '.join(words)}), which a published page does not bring yet. "
+            f"`finetune export {run} --format all --output files` writes all that belongs together."
+        )
     if not facts.result:
         raise Fault(f"{run}: what was trained is not there any more: neither {ADAPTER} nor {MODEL}.")
     return facts

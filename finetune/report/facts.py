@@ -120,7 +120,8 @@ def read(run: Path) -> Facts:
 
 def version(run: Path) -> str:
     """Changes whenever something changes that the report tells."""
-    told = [ledger.FILE, ledger.LOG, ledger.SETTINGS, record.FILE, SAMPLES, "best", "model", "adapter.safetensors"]
+    told = [ledger.FILE, ledger.LOG, ledger.SETTINGS, record.FILE, SAMPLES, "best", "model"]
+    told += [path.name for path in sorted(run.glob("*.safetensors"))]
     told += [f"{folder}/{tables.FILE}" for folder in tables.FOLDERS]
     entry = _entry(run)
     return "-".join([entry.state if entry else "unknown", *(_stamp(run / name) for name in told)])

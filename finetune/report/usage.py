@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from finetune.config import new_words
 from finetune.evaluation.tables import RESULT
 from finetune.glance import EMBEDDED
 from finetune.report.facts import Facts
@@ -48,6 +49,12 @@ def what(name: str) -> str:
     return WHAT.get(name, "")
 
 
+def words(facts: Facts) -> list[str]:
+    """The new words that it taught, where their files are there."""
+    there = {one.name for one in facts.files}
+    return [word for word in new_words(facts.settings) if f"{word}.safetensors" in there]
+
+
 def prompt(facts: Facts) -> str:
     """One that shows what was learned."""
     if facts.table is not None and (told := facts.table.facts.get("prompts")):
@@ -59,10 +66,11 @@ def prompt(facts: Facts) -> str:
 def chosen(facts: Facts) -> tuple[str | None, str | None]:
     """What to take: the file or folder, and the step to export it from where it is a checkpoint only."""
     there = {one.name for one in facts.files}
-    result = next((name for name in (ADAPTER, MODEL) if name in there), None)
+    written = ADAPTER, MODEL, *(f"{word}.safetensors" for word in words(facts))
+    result = next((name for name in written if name in there), None)
     best = facts.verdict.best if facts.verdict else RESULT
     if BEST in there:
-        inside = next((name for name in (ADAPTER, MODEL) if (facts.folder / BEST / name).exists()), None)
+        inside = next((name for name in written if (facts.folder / BEST / name).exists()), None)
         return (f"{BEST}{inside}" if inside else result), None
     if best == RESULT or not (match := re.fullmatch(r"step-(\d+)", best)):
         return result, None
@@ -84,13 +92,34 @@ def uses(facts: Facts) -> Iterator[Use]:
     if file is None and step is None:
         return
     said, model = prompt(facts), str(facts.setting("model", "model") or EMBEDDED)
-    whole = file is not None and "model" in file
+    whole, new = file is not None and file.endswith("/"), words(facts)
+    alone = file is not None and file.removeprefix(BEST).removesuffix(".safetensors") in new
     if file is not None:
-        given = ["--model", f"{run}/{file.rstrip('/')}"] if whole else ["--model", model, "--adapter", f"{run}/{file}"]
+        given = ["--model", f"{run}/{file.rstrip('/')}"] if whole else ["--model", model]
+        given += [] if whole or alone else ["--adapter", f"{run}/{file}"]
+        beside = f"{run}/{file.rpartition('/')[0]}".rstrip("/")
+        given += ["--embedding", *(f"{beside}/{word}.safetensors" for word in new)] if new else []
         yield Use("Draw", "", shell("generate", *given, "--prompt", said, "--output", "pictures"))
+    if new:
+        yield from _embeddings(new, model)
+    if alone or (new and file is None):
+        return
     yield from _elsewhere(facts, model, said, file, step, whole)
+    if new:
+        return
     yield Use("Publish", "Makes a folder with card and pictures, and sends nothing yet.",
               shell("publish", run, "--repo", "USER/NAME"))  # fmt: skip
+
+
+def _embeddings(new: list[str], model: str) -> Iterator[Use]:
+    if model == EMBEDDED:
+        return
+    files = ", ".join(f"{word}.safetensors" for word in new)
+    yield Use(
+        "The new words in other programs",
+        f"Put {files} into embeddings (AUTOMATIC1111, Forge) or models/embeddings (ComfyUI) under that name: prompts "
+        f"call it {new[0]}, in ComfyUI embedding:{new[0]}. diffusers has load_textual_inversion.",
+    )
 
 
 def _elsewhere(facts: Facts, model: str, said: str, file: str | None, step: str | None, whole: bool) -> Iterator[Use]:

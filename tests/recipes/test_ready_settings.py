@@ -43,19 +43,22 @@ def test_ready_settings_train(name: str, pictures: Path, tiny_models: dict[str, 
     run = tmp_path / "run"
     words = ["--model", str(tiny_models[TINY.get(family, family)]), "--output", str(run), *SHORT]
     words += ATTRIBUTE if recipe == "slider" else ["--data", str(pictures)]
-    if what == "subject":
+    if recipe in ("textual_inversion", "pivotal"):
+        words += ["--word", "sks", "--init-words", "s"]
+    if what == "subject" and recipe != "textual_inversion":
         words += ["--class-prompt", "a thing", "--class-images", "2", "--class-steps", "2"]
     if what == "edits":
         words += ["--sources", str(pictures)]
     cli.main(["train", recipe, "--config", name, *words])
 
     assert len((run / "log.jsonl").read_text().splitlines()) == 2
-    assert (run / "adapter.safetensors").is_file() or (run / "model" / "model_index.json").is_file()
+    written = "adapter.safetensors", "sks.safetensors", "model/model_index.json"
+    assert any((run / name).is_file() for name in written)
     asked = tomllib.loads(shelf.settings()[name].read_text())
     ran = tomllib.loads((run / "settings.toml").read_text())
     assert ran["recipe"] == recipe
     changed = {"model", "resolution", "steps", "save_every", "sample_every", "class_images", "class_steps"}
-    changed |= {"target_images", "target_steps"}
+    changed |= {"target_images", "target_steps", "init_words"}
     for group in asked.keys() - {"recipe"}:
         for key in asked[group].keys() - changed:
             assert ran[group][key] == asked[group][key], f"{group}.{key} of the file is what was run"

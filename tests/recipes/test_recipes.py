@@ -7,6 +7,7 @@ import json
 import tomllib
 from pathlib import Path
 
+import foreign
 import measured
 import pytest
 import tiny
@@ -37,6 +38,9 @@ FLAGS = {
     "lora --method lokr": RANK,
     "lora --method oft": ["--rank", "4", "--lr", "5e-2"],
     "lora --method ia3": ["--lr", "5e-2"],
+    "textual_inversion": ["--word", "sks", "--lr", "5e-1"],
+    "pivotal": [*RANK, "--word", "sks", "--word-lr", "5e-1"],
+    "pivotal --method loha": [*RANK, "--word", "sks", "--text-encoder-lr", "1e-2", "--adapter-from", "0.2"],
 }
 """A recipe, its method, and what is set beside it"""
 METHODS = {
@@ -50,11 +54,14 @@ METHODS = {
     "lora --method lokr": ["sd", "sdxl", "flux", "zimage"],
     "lora --method oft": ["sd", "sdxl", "sd3", "klein"],
     "lora --method ia3": ["sd", "sdxl", "flux", "zimage"],
+    "textual_inversion": ["sd", "sd-v", "sdxl"],
+    "pivotal": ["sd", "sdxl"],
+    "pivotal --method loha": ["sdxl"],
 }
 """Of which families each is trained here, transformers in turn; `test_methods_in_files` has each of each"""
 CASES = [(kind, recipe, how) for kind in KINDS for recipe in ("lora", "dreambooth") for how in ("fp32", "bf16")]
 CASES += [(kind, name, "bf16" if kind == "sd" else "fp32") for name, kinds in METHODS.items() for kind in kinds]
-FALLS = {"dora": 0.997, "ia3": 0.999, "oft": 0.9998}
+FALLS = {"dora": 0.997, "ia3": 0.999, "oft": 0.9998, "textual_inversion": 0.9999, "pivotal --method loha": 0.995}
 """To which share the loss falls at least, of methods by which these few steps change little"""
 FOREIGN = ("loha", "lokr", "oft", "ia3")
 """Methods whose files diffusers does not load"""
@@ -76,6 +83,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(recipe: str, model: Path, pictures: Path, output: Path, *flags: str) -> Path:
     """Run a recipe as a user does; the run's folder."""
     prior = ["--class-prompt", "a photo of a dog", "--class-images", "2", "--class-steps", "2"]
+    prior = [] if recipe == "textual_inversion" else prior
     given = ["--model", str(model), "--data", str(pictures), "--prompt", PROMPT, "--output", str(output), *prior]
     given += ["--resolution", "64"]
     quiet = [] if "--tracker" in flags else ["--tracker", "none"]
@@ -104,17 +112,18 @@ def test_every_family_trains_with_every_recipe(
     assert [entry["step"] for entry in log(run)] == list(range(1, 25))
     base = DiffusionPipeline.from_pretrained(tiny_models[kind])
     before = loss_on(base, pictures)
+    tuned = DiffusionPipeline.from_pretrained(tiny_models[kind])
+    if (run / "sks.safetensors").exists():
+        foreign.load_word(tuned, run / "sks.safetensors")
     if any(kind in recipe for kind in FOREIGN):
-        tuned = DiffusionPipeline.from_pretrained(tiny_models[kind])
         export.attach(families.wrap(tuned), run / "adapter.safetensors", "tuned")
-    elif recipe.startswith("lora"):
-        tuned = DiffusionPipeline.from_pretrained(tiny_models[kind])
+    elif recipe.startswith(("lora", "pivotal")):
         tuned.load_lora_weights(run / "adapter.safetensors")
         carried = families.denoiser(families.wrap(tuned)).peft_config["default_0"]
         assert (carried.r, carried.lora_alpha) == RANKS.get(recipe, (4, 8))
-    else:
+    elif recipe.startswith("dreambooth"):
         tuned = DiffusionPipeline.from_pretrained(run / "model", dtype=torch.float32)
-    assert loss_on(tuned, pictures) < FALLS.get(recipe.split()[-1], 0.99) * before
+    assert loss_on(tuned, pictures) < FALLS.get(recipe, FALLS.get(recipe.split()[-1], 0.99)) * before
     settings = tomllib.loads((run / "settings.toml").read_text())
     assert settings["train"]["precision"] == precision
 

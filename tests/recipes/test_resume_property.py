@@ -28,6 +28,8 @@ METHODS = [
 ]
 SLIDER = ["slider", "--target", "a dog", "--positive", "a red dog", "--negative", "a blue dog", "--target-images", "3"]
 SLIDER += ["--target-steps", "1", "--resolution", "64", "--steps", str(STEPS), "--lr", "1e-2", "--tracker", "none"]
+WORDS = "--word sks --vectors 3"
+PIVOTAL = f"pivotal {WORDS} --rank 4 --word-until 0.6 --adapter-from 0.4 --warmup 1"
 RATES = {"adamw": "1e-2", "adamw8bit": "1e-2", "prodigy": "1", "schedulefree": "1e-2"}
 
 
@@ -54,7 +56,8 @@ class Case:
         words = [str(word) for pair in told.items() for word in pair]
         words += ["--class-prompt", "a dog", "--class-images", "2", "--class-steps", "1"] if self.prior else []
         drops = self.recipe.startswith("lora") and "ia3" not in self.recipe
-        words += ["--no-prior"] * (not self.prior) + ["--dropout", "0.3"] * drops
+        words += ["--no-prior"] * (not self.prior and not self.recipe.startswith("textual_inversion"))
+        words += ["--dropout", "0.3"] * drops
         return words + ["--schedule", "cosine"] * (self.optimizer != "schedulefree")
 
 
@@ -105,7 +108,7 @@ def given_words(model: Path, pictures: Path) -> list[str]:
 
 def told(run: Path) -> tuple[dict[str, bytes], list[tuple[int, float, float, float]]]:
     """What a run has made, byte by byte, and its log without the times."""
-    files = [run / "adapter.safetensors", *sorted((run / "model").rglob("*.safetensors"))]
+    files = [*sorted(run.glob("*.safetensors")), *sorted((run / "model").rglob("*.safetensors"))]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     log = [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in lines]
     return {str(file.relative_to(run)): file.read_bytes() for file in files if file.is_file()}, log
@@ -165,6 +168,24 @@ def test_a_slider_stopped_and_resumed_is_the_same_to_the_bit(tiny_models: dict[s
     require_the_same_of([*SLIDER, "--model", str(tiny_models["sd"]), "--dropout", "0.3"], [(3, 0)], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "optimizer", "stops"),
+    [
+        (f"textual_inversion {WORDS}", "adamw", [(2, 0)]),
+        (PIVOTAL, "adamw", [(2, 0), (3, 0)]),
+        (f"{PIVOTAL} --ema 0.9 --text-encoder-lr 1e-2", "adamw8bit", [(1, 0), (4, 0)]),
+        (PIVOTAL, "schedulefree", [(3, 0)]),
+        (f"{PIVOTAL} --word-lr 1", "prodigy", [(3, 0)]),
+    ],
+)
+def test_words_before_and_after_they_are_held(
+    recipe: str, optimizer: str, stops: list[tuple[int, int]], tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of five steps the word trains in three, the adapter in the last three."""
+    case = Case(recipe, optimizer, 2, 1, 1, stops, False, 1, 1)
+    require_the_same(case, tiny_models["sd"], tmp_path)
+
+
 @pytest.mark.slow
 @seed(1)
 @drawing(48)
@@ -179,6 +200,7 @@ def test_of_many_more(case: Case, tiny_models: dict[str, Path], tmp_path_factory
         ("lora", "adamw"),
         pytest.param("dreambooth", "prodigy", marks=pytest.mark.slow),
         pytest.param("slider", "adamw", marks=pytest.mark.slow),
+        pytest.param(PIVOTAL, "adamw", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_stopped_and_resumed_are_the_same_to_the_bit(
@@ -186,7 +208,7 @@ def test_two_processes_stopped_and_resumed_are_the_same_to_the_bit(
 ) -> None:
     case = Case(recipe, optimizer, 3, 1, 2, [], recipe == "dreambooth", 3, 2)
     draw_pictures(tmp_path / "pictures", case.pictures)
-    words = [recipe, *given_words(tiny_models["sd"], tmp_path / "pictures"), *case.words]
+    words = [*recipe.split(), *given_words(tiny_models["sd"], tmp_path / "pictures"), *case.words]
     if recipe == "slider":
         words = [*SLIDER, "--model", str(tiny_models["sd"]), "--accumulation", "2"]
     words += ["--processes", "2"]
