@@ -40,6 +40,10 @@ class Method:
     config: Callable[[Adapter, Places], PeftConfig]
     heeds: frozenset[str]
     """The settings that it knows besides rank and alpha. Another one is refused where it is not at its default."""
+    bases: frozenset[str] = frozenset({"nf4", "int8"})
+    """How the base under it may be quantised"""
+    why: str = ""
+    """Why it may not be quantised otherwise"""
 
 
 def check(adapter: Adapter) -> None:
@@ -65,6 +69,18 @@ def check(adapter: Adapter) -> None:
             raise Fault(
                 f"--method {adapter.method} {flag}: {method.title} has no such thing. Methods that do: {fitting}."
             )
+
+
+def require_base(adapter: Adapter, quantize: str) -> None:
+    """Refuse a quantised base under which a method does not work."""
+    method = METHODS[adapter.method]
+    if quantize not in method.bases:
+        fitting = ", ".join(name for name, other in METHODS.items() if quantize in other.bases)
+        other = ", ".join(f"--quantize {name}" for name in sorted(method.bases))
+        raise Fault(
+            f"--quantize {quantize} --method {adapter.method}: {method.why}. Take {other}, or one of the methods that "
+            f"do: {fitting}."
+        )
 
 
 def places(module: nn.Module, adapter: Adapter, ends: Sequence[str], convolutions: bool) -> dict[str, Place]:
@@ -166,12 +182,20 @@ def _oft(adapter: Adapter, places: Places) -> PeftConfig:
     return OFTConfig(module_dropout=adapter.dropout, target_modules=list(places), **blocks)
 
 
+NF4, INT8 = frozenset({"nf4"}), frozenset({"int8"})
+PACKED = "PEFT makes its change in the shape that a weight is held in, and 4-bit weights are held two in a byte"
 RANKS = frozenset({"rank_pattern", "alpha_pattern", "conv_rank", "dropout"})
 METHODS = {
     "lora": Method("LoRA", _lora, RANKS | {"rslora", "init", "lora_plus_ratio"}),
-    "dora": Method("DoRA", partial(_lora, dora=True), RANKS | {"rslora", "lora_plus_ratio"}),
-    "loha": Method("LoHa", _loha, RANKS),
-    "lokr": Method("LoKr", _lokr, RANKS | {"factor"}),
+    "dora": Method(
+        "DoRA",
+        partial(_lora, dora=True),
+        RANKS | {"rslora", "lora_plus_ratio"},
+        NF4,
+        "PEFT's DoRA measures the weights at each step, and loses the scales of 8-bit ones by it on a CPU",
+    ),
+    "loha": Method("LoHa", _loha, RANKS, INT8, PACKED),
+    "lokr": Method("LoKr", _lokr, RANKS | {"factor"}, INT8, PACKED),
     "oft": Method("OFT", _oft, frozenset({"dropout"})),
     "ia3": Method("(IA)3", _ia3, frozenset()),
 }

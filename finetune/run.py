@@ -42,7 +42,7 @@ from finetune.families import Family, Source
 from finetune.keeping import LOG, Keeper
 from finetune.loop import NotFinite, Training, due
 from finetune.report.following import Follower
-from finetune.settings import Optim, Output, Train
+from finetune.settings import Model, Optim, Output, Train
 from finetune.signals import Watch
 from finetune.weights import said
 
@@ -336,10 +336,10 @@ class Run:
         train, table = self.train, Table.grid(padding=(0, 2))
         epoch = sum(item.example.repeats for item in subjects)
         rows = {
-            "model": f"{family.title}, predicts {family.objective().prediction}",
+            "model": f"{family.title}, predicts {family.objective().prediction}{_held_in(self.config.model)}",
             "trains": ", ".join(f"{group.part} {_count(group.size)} at {group.lr:g}" for group in groups),
             "frozen": ", ".join(
-                f"{name} {_count(sum(p.numel() for p in part.parameters() if not p.requires_grad))}"
+                f"{name} {_count(families.quantized.size(part))}"
                 for name, part in families.modules(family).items()
                 if not all(p.requires_grad for p in part.parameters())
             ),
@@ -354,6 +354,10 @@ class Run:
         for name, value in rows.items():
             table.add_row(f"[bold]{name}[/bold]", Text(value, overflow="fold"))
         return table
+
+
+def _held_in(model: Model) -> str:
+    return f"; its frozen layers in {model.quantize}" if model.quantize else ""
 
 
 def _require_tracker(tracker: str) -> None:

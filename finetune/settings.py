@@ -14,6 +14,7 @@ from tyro.conf import Suppress, arg
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "cosine", "linear", "polynomial"]
 Method = Literal["lora", "dora", "loha", "lokr", "oft", "ia3"]
+Quantization = Literal["nf4", "int8"]
 Part = Literal[
     "attention", "self-attention", "cross-attention", "kv", "feed-forward", "norm", "conv", "down", "mid", "up"
 ]
@@ -33,6 +34,9 @@ class Model:
     model_config: str | None = None
     """For a .safetensors checkpoint: folder or hub name of a diffusers model of the same kind, whose configuration and
     tokenizer are used. Default: the one that diffusers knows for it, from the hub."""
+    quantize: Quantization | None = None
+    """Hold the frozen weights of the denoiser's linear layers, and of T5's or Qwen3's, in 4 bits (nf4: QLoRA, Dettmers
+    et al. 2023, 2305.14314) or 8 (int8, 2208.07339). Under an adapter alone, and not under each: docs/methods.md."""
 
 
 @dataclass(frozen=True)

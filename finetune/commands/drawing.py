@@ -101,7 +101,7 @@ def load(config: Drawing) -> Family:
     """The model, made ready."""
     from finetune import engine, families
 
-    source = families.Source(config.model.model, config.model.revision, config.model.model_config)
+    source = families.Source(**vars(config.model))
     family = families.load(source, engine.dtype(config.precision), engine.device())
     return ready(family, config)
 
@@ -149,6 +149,7 @@ def facts(config: Drawing, family: Family) -> dict[str, Any]:
         "zero_terminal_snr": from_noise(config) or None,
         "model": config.model.model,
         "revision": config.model.revision,
+        "quantize": config.model.quantize,
     }
 
 

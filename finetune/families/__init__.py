@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from finetune.errors import Fault
+from finetune.families import quantized
 from finetune.families.base import (
     BESIDE,
     Conditions,
@@ -45,6 +46,7 @@ __all__ = [
     "known",
     "load",
     "modules",
+    "quantized",
     "release",
     "restore",
     "sibling",
@@ -77,12 +79,16 @@ def wrap(pipeline: DiffusionPipeline) -> Family:
 
 
 def load(source: Source, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Family:
-    """The base model on the device, frozen, every weight finite, in the given precision (the VAE in float32).
+    """The base model on the device, frozen, every weight finite, in the given precision (the VAE in float32), or
+    quantised where the source says so.
 
     Raises Fault when it cannot be found or read, is of an unknown family, or holds NaN or infinite weights.
     """
     known(source.pipeline_class())
-    family = wrap(source.load(dtype).to(device))
+    family = wrap(source.load(dtype))
+    if source.quantize:
+        quantized.quantize(family, source.quantize, device)
+    family.pipeline.to(device)
     freeze(family)
     return family
 
@@ -100,6 +106,8 @@ def restore(family: Family, source: Source, dtype: torch.dtype = torch.float32) 
         return
     fresh = source.load(dtype, {name: part for name, part in parts.items() if part is not None})
     family.pipeline.register_modules(**{name: fresh.components[name] for name in missing})
+    if source.quantize:
+        quantized.quantize(family, source.quantize, next(denoiser(family).parameters()).device, missing)
     for name in missing:
         if isinstance(fresh.components[name], torch.nn.Module):
             fresh.components[name].requires_grad_(False).eval()

@@ -29,7 +29,7 @@ STEMS = ("diffusion_pytorch_model", "model")
 
 @dataclass(frozen=True)
 class Source:
-    """A base model by name. `model` and `revision` as in `finetune.settings.Model`.
+    """A base model by name, and how it is held. `model`, `revision` and `quantize` as in `finetune.settings.Model`.
 
     `model_config` serves single-file checkpoints, which hold neither configuration nor tokenizer: the folder or hub
     name of a diffusers model of the same kind.
@@ -38,6 +38,7 @@ class Source:
     model: str
     revision: str | None = None
     model_config: str | None = None
+    quantize: str | None = None
 
     @property
     def folder(self) -> Path | None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from finetune import cli, config, shelf
 
-TINY = {"sd15": "sd", "sd21": "sd-v", "sd35": "sd3", "toybox": "sd", "inpaint15": "sd-inpainting"}
+TINY = {"sd15": "sd", "sd21": "sd-v", "sd35": "sd3", "toybox": "sd", "inpaint15": "sd-inpainting", "flux4bit": "flux"}
 """Of the families that files and `tiny` call by other names"""
 SHORT = ["--steps", "2", "--resolution", "64", "--save-every", "0", "--sample-every", "0", "--tracker", "none"]
 
