@@ -85,7 +85,7 @@ def _origin(
         "steps": settings.class_steps,
         "guidance": settings.class_guidance,
         "seed": seed,
-        **({"quantize": source.quantize} if source.quantize else {}),
+        **source.how(),
     }
 
 

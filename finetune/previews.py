@@ -46,5 +46,6 @@ def preview(
     folder.mkdir(exist_ok=True)
     for number, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
         facts = {"prompt": prompt, "seed": seed, "step": step, "model": source.model, "revision": source.revision}
+        facts |= source.how()
         facts |= {"steps": settings.sample_steps, "guidance": settings.sample_guidance}
         save_png(picture, folder / f"step-{step:06d}-{number}.png", facts)

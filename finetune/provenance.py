@@ -17,7 +17,19 @@ LOCAL = "local"
 """What is said instead of the name of a model that lies in a folder or file of the user's machine."""
 
 TRAINING = (
-    *("recipe", "model", "revision", "quantize", "prompt", "class_prompt", "resolution", "flip", "strict"),
+    *(
+        "recipe",
+        "model",
+        "revision",
+        "quantize",
+        "clip_skip",
+        "text_chunks",
+        "prompt",
+        "class_prompt",
+        "resolution",
+        "flip",
+        "strict",
+    ),
     *("prior", "class_images", "prior_weight", "class_steps", "class_guidance"),
     *("rank", "alpha", "dropout", "lr", "text_encoder_lr", "optimizer", "schedule", "warmup", "weight_decay"),
     *("max_grad_norm", "steps", "batch_size", "accumulation", "precision", "seed", "min_snr_gamma"),
@@ -28,7 +40,7 @@ TRAINING = (
 """Settings of a run, by their names in `finetune.settings`."""
 PICTURE = (
     *("prompt", "negative", "seed", "step", "steps", "guidance", "width", "height", "scheduler", "model", "revision"),
-    *("zero_terminal_snr", "strength", "quantize"),
+    *("zero_terminal_snr", "strength", "quantize", "clip_skip", "text_chunks"),
 )
 """Settings of a picture."""
 

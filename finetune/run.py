@@ -336,14 +336,16 @@ class Run:
         train, table = self.train, Table.grid(padding=(0, 2))
         epoch = sum(item.example.repeats for item in subjects)
         rows = {
-            "model": f"{family.title}, predicts {family.objective().prediction}{_held_in(self.config.model)}",
+            "model": f"{family.title}, predicts {family.objective().prediction}{_used(self.config.model)}",
             "trains": ", ".join(f"{group.part} {_count(group.size)} at {group.lr:g}" for group in groups),
             "frozen": ", ".join(
                 f"{name} {_count(families.quantized.size(part))}"
                 for name, part in families.modules(family).items()
                 if not all(p.requires_grad for p in part.parameters())
             ),
-            "pictures": "\n".join(data.describe(subjects, families.tokenizers(family), self._concepts)),
+            "pictures": "\n".join(
+                data.describe(subjects, families.tokenizers(family), self._concepts, getattr(family, "chunks", 1))
+            ),
             "class pictures": _beside(companions),
             "held out": ", ".join(item.example.name for item in held) or "none",
             "steps": f"{train.steps} of {self.batch} pictures: {train.steps * self.batch / epoch:.1f} epochs",
@@ -356,8 +358,10 @@ class Run:
         return table
 
 
-def _held_in(model: Model) -> str:
-    return f"; its frozen layers in {model.quantize}" if model.quantize else ""
+def _used(model: Model) -> str:
+    """How the base is held and read, where that is not as it comes."""
+    told = {"frozen layers": model.quantize, "clip skip": model.clip_skip, "chunks of text": model.text_chunks}
+    return "".join(f"; {name}: {value}" for name, value in told.items() if value is not None)
 
 
 def _require_tracker(tracker: str) -> None:

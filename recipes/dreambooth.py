@@ -90,4 +90,4 @@ def main(config: Config) -> None:
     if run.leads:
         model = save("model")
         run.keep_best(training, "model", save)
-        run.finish(f'finetune generate --model {model} --prompt "{prompts[0]}"')
+        run.finish(f'finetune generate --model {model}{source.flags()} --prompt "{prompts[0]}"')

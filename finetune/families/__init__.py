@@ -24,6 +24,7 @@ from finetune.families.base import (
     takes_mask,
     text_encoders,
     tokenizers,
+    zeroed,
 )
 from finetune.families.flux import Flux
 from finetune.families.flux2_klein import Flux2Klein
@@ -54,6 +55,7 @@ __all__ = [
     "text_encoders",
     "tokenizers",
     "wrap",
+    "zeroed",
 ]
 
 FAMILIES: dict[str, type[Family]] = {
@@ -84,13 +86,43 @@ def load(source: Source, dtype: torch.dtype = torch.float32, device: torch.devic
 
     Raises Fault when it cannot be found or read, is of an unknown family, or holds NaN or infinite weights.
     """
-    known(source.pipeline_class())
+    _require_reading(known(source.pipeline_class()), source)
     family = wrap(source.load(dtype))
+    _set_reading(family, source)
     if source.quantize:
         quantized.quantize(family, source.quantize, device)
     family.pipeline.to(device)
     freeze(family)
     return family
+
+
+def _require_reading(made: type[Family], source: Source) -> None:
+    """Refuse what the family's text encoders are not asked. Needs no weights."""
+    own: int | None = getattr(made, "own_layer", None)
+    for flag, value in (("clip-skip", source.clip_skip), ("text-chunks", source.text_chunks)):
+        if value is not None and own is None:
+            raise Fault(
+                f"--{flag} {value}: {made.title} has no such thing: its text encoders read sentences of one length. "
+                "Stable Diffusion 1.x, 2.x and XL have. Leave it out."
+            )
+    if own is not None and source.clip_skip is not None and source.clip_skip < own:
+        raise Fault(
+            f"--clip-skip {source.clip_skip}: {made.title} is made for layer {own} of its text encoders, counted "
+            f"from the end: {own} skips nothing, {own + 1} one layer more."
+        )
+    if source.text_chunks is not None and source.text_chunks < 1:
+        raise Fault(f"--text-chunks {source.text_chunks}: at least 1; 3 is kohya's --max_token_length 225.")
+
+
+def _set_reading(family: Family, source: Source) -> None:
+    """Raises Fault where the text encoders do not have so many layers."""
+    if isinstance(family, TakesTokens):
+        encoders: dict[str, Any] = text_encoders(family)
+        layers = min(encoder.config.num_hidden_layers for encoder in encoders.values())
+        if (source.clip_skip or 1) > layers + 1:  # before the first layer there are the embeddings
+            raise Fault(f"--clip-skip {source.clip_skip}: the model's text encoders have {layers} layers.")
+        family.clip_skip = source.clip_skip or family.own_layer
+        family.chunks = source.text_chunks or 1
 
 
 def release(family: Family, *names: str) -> None:

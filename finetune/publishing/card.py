@@ -116,8 +116,10 @@ def _with_adapter(release: Release) -> Iterator[str]:
     if release.base:
         yield "**diffusers**"
         yield fence([*_loaded(release, release.base), f'pipeline.load_lora_weights("{release.repo}")',
-                     f"picture = pipeline({_python(prompt)}).images[0]"], "python")  # fmt: skip
+                     f"picture = pipeline({_python(prompt)}{_skipped(release)}).images[0]"], "python")  # fmt: skip
         yield from _scheduler(release)
+    if release.skipped:
+        yield f"It was trained with clip skip {release.clip_skip}: set that in your program too."
     yield f"**ComfyUI**: put {text(release.name)}.safetensors into `models/loras`; the node *Load LoRA* loads it."
     yield (
         f"**AUTOMATIC1111, Forge**: put {text(release.name)}.safetensors into `models/Lora`, with its .json and "
@@ -129,7 +131,9 @@ def _with_adapter(release: Release) -> Iterator[str]:
 def _with_model(release: Release) -> Iterator[str]:
     yield "**diffusers**"
     prompt = _python(_line(release.drawn[0].prompt))
-    yield fence([*_loaded(release, release.repo), f"picture = pipeline({prompt}).images[0]"], "python")
+    yield fence(
+        [*_loaded(release, release.repo), f"picture = pipeline({prompt}{_skipped(release)}).images[0]"], "python"
+    )
 
 
 def _loaded(release: Release, model: str) -> list[str]:
@@ -141,6 +145,10 @@ def _loaded(release: Release, model: str) -> list[str]:
         f"pipeline = DiffusionPipeline.from_pretrained({_python(model)}{pinned}, torch_dtype=torch.float16)",
         'pipeline.to("cuda")',
     ]
+
+
+def _skipped(release: Release) -> str:
+    return f", clip_skip={release.skipped}" if release.skipped else ""
 
 
 def _scheduler(release: Release) -> Iterator[str]:

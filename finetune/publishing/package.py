@@ -101,10 +101,14 @@ def files(folder: Path) -> list[Path]:
 def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
     """Weights, pictures and sidecars. Returns what the card is made of."""
     from finetune import engine, families, sampling
+    from finetune.families import TakesTokens
     from finetune.publishing import drawing, sidecar
     from finetune.publishing.release import Release
 
-    table = facts.settings["model"] if facts.adapter else {"model": str(facts.run / MODEL)}
+    table = facts.settings["model"] if facts.adapter else {
+        "model": str(facts.run / MODEL), "clip_skip": facts.flat.get("clip_skip"),
+        "text_chunks": facts.flat.get("text_chunks"),
+    }  # fmt: skip
     source = families.Source(**table)
     family = families.load(source, engine.dtype("auto"), engine.device())
     from_noise = bool(facts.adapter and facts.flat.get("zero_terminal_snr"))
@@ -114,7 +118,7 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
     drawn_with = folder / DIFFUSERS if facts.adapter else None
     brush = drawing.Brush(
         family, facts.model if facts.adapter else wish.repo, table.get("revision"), drawn_with,
-        wish.steps, wish.guidance, wish.size, from_noise,
+        wish.steps, wish.guidance, wish.size, from_noise, source.how(),
     )  # fmt: skip
     drawn = drawing.samples(brush, folder, wish.prompts, wish.seeds, track)
     strength = drawing.strengths(brush, folder, wish.prompts[0], wish.seeds[0], track) if facts.adapter else None
@@ -146,6 +150,8 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
         tags=given.get("tags") or (),
         embedded=facts.embedded,
         from_noise=from_noise,
+        clip_skip=source.clip_skip,
+        skipped=source.clip_skip - family.own_layer if source.clip_skip and isinstance(family, TakesTokens) else 0,
     )
     if release.adapts:
         shutil.copy(folder / drawn[0].file, folder / f"{wish.name}.preview.png")

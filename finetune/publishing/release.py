@@ -56,6 +56,10 @@ class Release:
     """Whether the base is `toybox`"""
     from_noise: bool = False
     """Whether it must be drawn from pure noise (--zero-terminal-snr)"""
+    clip_skip: int | None = None
+    """Which layer of CLIP it was trained with, as clients count"""
+    skipped: int = 0
+    """How many layers that leaves out, as diffusers counts"""
 
     @property
     def name(self) -> str:
