@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers.training_utils import cast_training_params
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
@@ -19,7 +20,7 @@ from finetune import butterfly, engine, families, keys, methods, words
 from finetune.errors import Fault
 from finetune.families import Family
 from finetune.quiet import quiet
-from finetune.settings import Adapter, Optim, Pivot, Words
+from finetune.settings import Adapter, Model, Optim, Pivot, Words
 
 NAME = "default"
 """PEFT's name of the adapter that trains."""
@@ -57,9 +58,16 @@ class Group:
         return self.start <= step and (self.stop is None or step < self.stop)
 
 
-def check(adapter: Adapter, optim: Optim) -> None:
-    """Refuse what a method cannot do as it was asked. Needs no model."""
+def check(adapter: Adapter, optim: Optim, model: Model | None = None, accelerator: Accelerator | None = None) -> None:
+    """Refuse what a method cannot do as it was asked, on that base and engine. Needs no model."""
     methods.check(adapter)
+    if model and model.quantize:
+        methods.require_base(adapter, model.quantize)
+        if accelerator and engine.is_sharding(accelerator):
+            raise Fault(
+                f"--quantize {model.quantize}: {engine.running(accelerator)} takes weights apart or casts them, which "
+                "these are not made for. Take several processes without it (torchrun): each holds the whole base."
+            )
     if optim.optimizer == "prodigy" and adapter.lora_plus_ratio != 1:
         raise Fault(
             f"--optimizer prodigy --lora-plus-ratio {adapter.lora_plus_ratio:g}: it finds one rate for all that "
@@ -87,6 +95,15 @@ def in_turn(adapted: Sequence[Group], taught: Sequence[Group], pivot: Pivot, ste
     start = min(round(pivot.adapter_from * steps), steps - 1)
     words_stop = None if stop >= steps else stop
     return [replace(g, start=start) for g in adapted] + [replace(g, stop=words_stop) for g in taught]
+
+
+def require_whole(model: Model) -> None:
+    """Refuse a quantised base where its own weights train."""
+    if model.quantize:
+        raise Fault(
+            f"--quantize {model.quantize}: the base's own weights train here, and codes of {model.quantize} have no "
+            "gradient. Train an adapter, the recipe lora; or take --weights bf16 --precision bf16 to save memory."
+        )
 
 
 def adapt(family: Family, adapter: Adapter, lr: float, text_encoder_lr: float | None, seed: int) -> list[Group]:
@@ -156,7 +173,8 @@ def _begin(module: Any, adapter: Adapter, config: PeftConfig) -> None:
         module.add_adapter(config, INITIAL)
     for layer in module.modules():
         if isinstance(layer, LoraLayer):
-            weight, rank, scale = layer.get_base_layer().weight.data, layer.r[NAME], layer.scaling[NAME]
+            weight = families.quantized.weight(layer.get_base_layer())
+            rank, scale = layer.r[NAME], layer.scaling[NAME]
             if rank > min(weight.flatten(1).shape):
                 shape = tuple(weight.shape)
                 raise Fault(f"--init {adapter.init}: a weight of shape {shape} has no {rank} directions. Lower --rank.")

@@ -85,6 +85,7 @@ def _origin(
         "steps": settings.class_steps,
         "guidance": settings.class_guidance,
         "seed": seed,
+        **source.how(),
     }
 
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from finetune import adapters, engine, families, keys, optim, rounding, sharding
+from finetune import adapters, engine, families, keys, optim, prompting, rounding, sharding
 from finetune.adapters import Group
 from finetune.batches import Batch, Batches, drawn
 from finetune.data.encoding import Encodings, Track
@@ -114,7 +114,7 @@ class PictureLoss(nn.Module):
     def _conditions(self, captions: list[str], device: torch.device, beside: Tensor | None) -> Conditions:
         told = {} if beside is None else {families.BESIDE: beside}
         if self.data.texts is None:
-            return self.family.encode_prompts(captions) | told
+            return prompting.conditions(self.family, captions) | told
         known = [self.data.conditions(caption) for caption in captions]
         return {name: torch.cat([each[name] for each in known]).to(device) for name in known[0]} | told
 

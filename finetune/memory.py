@@ -140,6 +140,8 @@ def _anywhere(config: Any, doing: str) -> list[Remedy]:
         found.append(Remedy(f"a smaller --resolution than {max(sides)}" if sides else "a smaller --resolution"))
     if doing in ("training", "keeping the state", "loading the model") and hasattr(config, "train"):
         rank = _get(config, "adapter", "rank", None)
+        if rank is not None and _get(config, "model", "quantize", "nf4") is None:
+            found.append(Remedy("--quantize nf4 (or int8): the frozen layers in a quarter (half) of bf16's room"))
         if rank is None:
             found.append(Remedy("the recipe lora: hardly any gradients and optimizer state"))
         elif rank > 4:

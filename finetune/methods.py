@@ -43,6 +43,10 @@ class Method:
     """The settings that it knows besides rank and alpha. Another one is refused where it is not at its default."""
     linear: bool = False
     """Whether it adds its strength times one change, so that -1 takes off what 1 adds."""
+    bases: frozenset[str] = frozenset({"nf4", "int8"})
+    """How the base under it may be quantised"""
+    why: str = ""
+    """Why it may not be quantised otherwise"""
 
 
 def check(adapter: Adapter) -> None:
@@ -80,6 +84,18 @@ def require_linear(adapter: Adapter) -> None:
         raise Fault(
             f"--method {adapter.method}: at strength -1 {method.title} does not take off what it adds at 1, so that it "
             f"has no two directions. Methods that have: {fitting}."
+        )
+
+
+def require_base(adapter: Adapter, quantize: str) -> None:
+    """Refuse a quantised base under which a method does not work."""
+    method = METHODS[adapter.method]
+    if quantize not in method.bases:
+        fitting = ", ".join(name for name, other in METHODS.items() if quantize in other.bases)
+        other = ", ".join(f"--quantize {name}" for name in sorted(method.bases)) or "a base that is not quantised"
+        raise Fault(
+            f"--quantize {quantize} --method {adapter.method}: {method.why}. Take {other}, or one of the methods that "
+            f"do: {fitting}."
         )
 
 
@@ -182,30 +198,24 @@ def _oft(adapter: Adapter, places: Places) -> PeftConfig:
     return OFTConfig(module_dropout=adapter.dropout, target_modules=list(places), **blocks)
 
 
-def _boft(adapter: Adapter, places: Places) -> PeftConfig:
-    """Each weight's inputs must be parted into pairs of blocks, and these into pairs, for each factor but the first."""
-    butterfly.use()
-    group = adapter.rank * 2 ** (adapter.butterflies - 1)
-    for path, place in places.items():
-        inputs = int(place.module.get_parameter("weight")[0].numel())
-        if inputs % group or (adapter.butterflies > 1 and adapter.rank % 2):
-            raise Fault(
-                f"--rank {adapter.rank} --butterflies {adapter.butterflies}: {path} has {inputs} inputs, which are no "
-                f"multiple of {group}, or cannot be paired. The rank must be even, and its double as often as there "
-                "are butterflies after the first must divide them. Lower the one or the other."
-            )
-    blocks = {"boft_block_size": adapter.rank, "boft_n_butterfly_factor": adapter.butterflies}
-    return BOFTConfig(boft_dropout=adapter.dropout, target_modules=list(places), **blocks)
-
-
+NO, NF4, INT8 = frozenset[str](), frozenset({"nf4"}), frozenset({"int8"})
+PACKED = "PEFT makes its change in the shape that a weight is held in, and 4-bit weights are held two in a byte"
 RANKS = frozenset({"rank_pattern", "alpha_pattern", "conv_rank", "dropout"})
 METHODS = {
     "lora": Method("LoRA", _lora, RANKS | {"rslora", "init", "lora_plus_ratio"}, linear=True),
-    "dora": Method("DoRA", partial(_lora, dora=True), RANKS | {"rslora", "lora_plus_ratio"}),
-    "loha": Method("LoHa", _loha, RANKS, linear=True),
-    "lokr": Method("LoKr", _lokr, RANKS | {"factor"}, linear=True),
+    "dora": Method(
+        "DoRA",
+        partial(_lora, dora=True),
+        RANKS | {"rslora", "lora_plus_ratio"},
+        bases=NF4,
+        why="PEFT's DoRA measures the weights at each step, and loses the scales of 8-bit ones by it on a CPU",
+    ),
+    "loha": Method("LoHa", _loha, RANKS, linear=True, bases=INT8, why=PACKED),
+    "lokr": Method("LoKr", _lokr, RANKS | {"factor"}, linear=True, bases=INT8, why=PACKED),
     "oft": Method("OFT", _oft, frozenset({"dropout"})),
-    "boft": Method("BOFT", _boft, frozenset({"dropout", "butterflies"})),
+    "boft": Method(
+        "BOFT", _boft, frozenset({"dropout", "butterflies"}), bases=NO, why="PEFT's BOFT turns the base's own weights"
+    ),
     "ia3": Method("(IA)3", _ia3, frozenset()),
 }
 """Adding one: its line here and in `settings.Method`; how its layers are read in `finetune.export.carried`; if no other

@@ -162,6 +162,7 @@ def _parameters(told: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]]) 
         "Seed": told.get("seed"),
         "Size": f"{told['width']}x{told['height']}",
         "Denoising strength": told.get("strength"),
+        "Clip skip": told.get("clip_skip"),
         "Model": told.get("model"),
     }
     lines = [f"{told.get('prompt', '')}{loras}"]

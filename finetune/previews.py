@@ -63,6 +63,7 @@ def preview(
     drawn = [(strength, prompt, seed) for strength in strengths for prompt, seed in zip(prompts, seeds, strict=True)]
     for number, (picture, (strength, prompt, seed)) in enumerate(zip(pictures, drawn, strict=True)):
         facts = {"prompt": prompt, "seed": seed, "step": step, "model": source.model, "revision": source.revision}
+        facts |= source.how()
         facts |= {"steps": settings.sample_steps, "guidance": settings.sample_guidance}
         facts |= {"scale": strength} if len(strengths) > 1 else {}
         save_png(picture, folder / f"step-{step:06d}-{number}.png", facts)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finetune import families
 from finetune.errors import Fault
-from finetune.families import Conditions, Family, TakesTokens
+from finetune.families import Conditions, Family, TakesTokens, zeroed
 
 USUAL = 1.1
 """What parentheses without a number weigh"""
@@ -93,12 +93,40 @@ def read(family: Family, prompt: str) -> Prompt:
     return Prompt(text, any(weight != 1 for _, weight in parts), chunks)
 
 
+def plain(family: Family, text: str) -> Prompt:
+    """A prompt without marks: parentheses are the letters themselves."""
+    chunks = tuple(
+        _chunks(family, tokenizer, _spelled(family, [(text, 1.0)])) for tokenizer in families.tokenizers(family)
+    )
+    return Prompt(text, False, chunks)
+
+
+def conditions(family: Family, prompts: Sequence[str]) -> Conditions:
+    """What the denoiser is told of these, without marks: in one chunk as diffusers cuts them, or in the family's number
+    of chunks, what is longer being cut and what is shorter filled up. Gradients flow as in `Family.encode_prompts`."""
+    if not isinstance(family, TakesTokens) or family.chunks == 1:
+        return family.encode_prompts(prompts)
+    told = _stacked([_encoded(family, plain(family, prompt), family.chunks) for prompt in prompts])
+    return zeroed(family.pipeline, prompts, told)
+
+
+def is_read_otherwise(family: Family) -> bool:
+    """Whether prompts are read in another way than the pipeline itself reads them."""
+    return isinstance(family, TakesTokens) and (family.clip_skip != family.own_layer or family.chunks > 1)
+
+
+def without_marks(family: Family, prompts: Sequence[str], negative: str) -> dict[str, Tensor]:
+    """Prompts as they are, as embeddings that a pipeline takes."""
+    positive, against = conditions(family, prompts), conditions(_unskipped(family), [negative] * len(prompts))
+    return _named(positive, against)
+
+
 def arguments(family: Family, prompts: Sequence[Prompt], negative: Prompt) -> dict[str, Any]:
     """The prompts as a pipeline takes them: as texts where it understands all of them as they are, else as embeddings.
 
     All must be of the same length, or none longer than the negative prompt.
     """
-    if not any(one.weighted or one.length > 1 for one in (*prompts, negative)):
+    if not is_read_otherwise(family) and not any(one.weighted or one.length > 1 for one in (*prompts, negative)):
         # SDXL takes no negative prompt and an empty one differently; no words mean none, as without the option.
         without = [negative.text] * len(prompts) if negative.text else None
         return {"prompt": [one.text for one in prompts], "negative_prompt": without}
@@ -107,11 +135,20 @@ def arguments(family: Family, prompts: Sequence[Prompt], negative: Prompt) -> di
 
 def embeddings(family: Family, prompts: Sequence[Prompt], negative: Prompt) -> dict[str, Tensor]:
     """The prompts as a pipeline takes them: as embeddings, all as long as the longest."""
-    length = max(one.length for one in (*prompts, negative))
+    own = family.chunks if isinstance(family, TakesTokens) else 1
+    length = max(own, *(one.length for one in (*prompts, negative)))
     positive = _stacked([_encoded(family, one, length) for one in prompts])
-    against = _stacked([_encoded(family, negative, length)] * len(prompts))
-    if not negative.text and family.pipeline.config.get("force_zeros_for_empty_prompt"):
-        against = {name: torch.zeros_like(value) for name, value in against.items()}
+    against = _stacked([_encoded(_unskipped(family), negative, length)] * len(prompts))
+    return _named(positive, zeroed(family.pipeline, [negative.text] * len(prompts), against))
+
+
+def _unskipped(family: Family) -> Family:
+    """The same that reads its own layer: so diffusers reads the negative prompt, whatever its `clip_skip`."""
+    made: Any = family
+    return replace(made, clip_skip=made.own_layer) if isinstance(family, TakesTokens) else family
+
+
+def _named(positive: Conditions, against: Conditions) -> dict[str, Tensor]:
     return {ARGUMENTS[name]: value for name, value in positive.items()} | {
         f"negative_{ARGUMENTS[name]}": value for name, value in against.items()
     }
@@ -119,7 +156,10 @@ def embeddings(family: Family, prompts: Sequence[Prompt], negative: Prompt) -> d
 
 def _parts(family: Family, prompt: str) -> list[tuple[str, float]]:
     """The texts with their weights, the words of textual inversions spelled as the tokenizers have them."""
-    parts = parse(prompt)
+    return _spelled(family, parse(prompt))
+
+
+def _spelled(family: Family, parts: list[tuple[str, float]]) -> list[tuple[str, float]]:
     for word in sorted({word for tokenizer in families.tokenizers(family) for word in tokenizer.get_added_vocab()}):
         spelled, letters = re.compile(re.escape(word), re.IGNORECASE), word.replace("\\", r"\\")
         parts = [(spelled.sub(letters, text), weight) for text, weight in parts]
@@ -182,9 +222,9 @@ def _laid_out(
 
 
 def _encoded(family: Family, prompt: Prompt, length: int) -> Conditions:
-    """Conditions of one prompt, (1, length * 77, D) and (1, D): it is filled up with empty chunks."""
+    """Conditions of one prompt, (1, length * 77, D) and (1, D): it is filled up with empty chunks, or cut."""
     assert isinstance(family, TakesTokens), "`read` has refused it"
-    filled = [[*chunks, *[[]] * (length - len(chunks))] for chunks in prompt.chunks]
+    filled = [[*chunks[:length], *[[]] * (length - len(chunks))] for chunks in prompt.chunks]
     said = family.encode_tokens(_ids(family, filled))
     if prompt.weighted:
         empty = family.encode_tokens(_ids(family, [[[]]] * len(filled)))["text"]

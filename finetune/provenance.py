@@ -23,7 +23,7 @@ TRAINING = (
     *("lora_plus_ratio", "parts", "weights", "lr", "text_encoder_lr", "optimizer", "schedule", "schedule_power"),
     *("warmup", "weight_decay", "unmasked_weight", "unmasked_prior", "alpha_masks", "validation", "holes"),
     *("max_upscale", "min_kept", "crop_variants", "several_captions", "shuffle_tags", "keep_tags"),
-    *("caption_variants", "butterflies", "source_dropout"),
+    *("caption_variants", "butterflies", "source_dropout", "quantize", "clip_skip", "text_chunks"),
     *("max_grad_norm", "steps", "batch_size", "accumulation", "precision", "seed", "min_snr_gamma"),
     *("gradient_checkpointing", "trigger", "template", "title", "author", "license", "description", "tags"),
     *("ema", "debiased", "error", "huber_delta", "noise_offset", "input_perturbation", "zero_terminal_snr"),
@@ -45,7 +45,7 @@ UNTOLD = (
 stands in one of the two."""
 PICTURE = (
     *("prompt", "negative", "seed", "step", "steps", "guidance", "width", "height", "scheduler", "model", "revision"),
-    *("zero_terminal_snr", "strength", "picture_guidance", "scale"),
+    *("zero_terminal_snr", "strength", "picture_guidance", "scale", "quantize", "clip_skip", "text_chunks"),
 )
 """Settings of a picture."""
 

@@ -42,7 +42,7 @@ from finetune.families import Family, Source
 from finetune.keeping import LOG, Keeper
 from finetune.loop import NotFinite, Training, due
 from finetune.report.following import Follower
-from finetune.settings import Optim, Output, Train
+from finetune.settings import Model, Optim, Output, Train
 from finetune.signals import Watch
 from finetune.weights import said
 
@@ -356,14 +356,16 @@ class Run:
         train, table = self.train, Table.grid(padding=(0, 2))
         epoch = sum(item.example.repeats for item in subjects)
         rows = {
-            "model": f"{family.title}, predicts {family.objective().prediction}",
+            "model": f"{family.title}, predicts {family.objective().prediction}{_used(self.config.model)}",
             "trains": ", ".join(f"{group.part} {_count(group.size)} at {group.lr:g}{group.when}" for group in groups),
             "frozen": ", ".join(
-                f"{name} {_count(sum(p.numel() for p in part.parameters() if not p.requires_grad))}"
+                f"{name} {_count(families.quantized.size(part))}"
                 for name, part in families.modules(family).items()
                 if not all(p.requires_grad for p in part.parameters())
             ),
-            "pictures": "\n".join(data.describe(subjects, families.tokenizers(family), self._concepts)),
+            "pictures": "\n".join(
+                data.describe(subjects, families.tokenizers(family), self._concepts, getattr(family, "chunks", 1))
+            ),
             "class pictures": _beside(companions),
             "held out": ", ".join(item.example.name for item in held) or "none",
             "steps": f"{train.steps} of {self.batch} pictures: {train.steps * self.batch / epoch:.1f} epochs",
@@ -374,6 +376,12 @@ class Run:
         for name, value in rows.items():
             table.add_row(f"[bold]{name}[/bold]", Text(value, overflow="fold"))
         return table
+
+
+def _used(model: Model) -> str:
+    """How the base is held and read, where that is not as it comes."""
+    told = {"frozen layers": model.quantize, "clip skip": model.clip_skip, "chunks of text": model.text_chunks}
+    return "".join(f"; {name}: {value}" for name, value in told.items() if value is not None)
 
 
 def _require_tracker(tracker: str) -> None:

@@ -44,8 +44,8 @@ def sample(
     Each picture's noise comes from a generator of its own, `torch.Generator("cpu").manual_seed(seed)`: it is the
     picture of plain diffusers with that seed, whatever it is drawn together with (to rounding). Adapters act as they
     are set; the modules' modes are put back. With `initial` it is drawn from a picture, in that one's shape. `weighted`
-    reads prompts as `finetune.prompting` says; else they are taken as they are, and cut at 77 tokens. Raises Fault when
-    the size does not fit the model, and when an inpainting checkpoint is not told what to draw anew.
+    reads prompts as `finetune.prompting` says; else they are taken as they are, and cut as in training. Raises Fault
+    when the size does not fit the model, and when an inpainting checkpoint is not told what to draw anew.
     """
     _require_whole(family)
     side = _fitting(family, size or family.resolution())
@@ -112,7 +112,11 @@ def _batches(
     if not weighted:
         for start in range(0, len(pairs), batch):
             part = pairs[start : start + batch]
-            yield part, family.words([prompt for prompt, _ in part], negative, guidance)
+            asked = [prompt for prompt, _ in part]
+            if prompting.is_read_otherwise(family):
+                yield part, {**prompting.without_marks(family, asked, negative), "guidance_scale": guidance}
+            else:
+                yield part, family.words(asked, negative, guidance)
         return
     read = {text: prompting.read(family, text) for text in {negative, *(prompt for prompt, _ in pairs)}}
     for _, alike in groupby(pairs, lambda pair: max(read[pair[0]].length, read[negative].length)):

@@ -14,6 +14,7 @@ from tyro.conf import Suppress, arg
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "cosine", "linear", "polynomial"]
 Method = Literal["lora", "dora", "loha", "lokr", "oft", "boft", "ia3"]
+Quantization = Literal["nf4", "int8"]
 Part = Literal[
     "attention", "self-attention", "cross-attention", "kv", "feed-forward", "norm", "conv", "down", "mid", "up"
 ]
@@ -33,6 +34,17 @@ class Model:
     model_config: str | None = None
     """For a .safetensors checkpoint: folder or hub name of a diffusers model of the same kind, whose configuration and
     tokenizer are used. Default: the one that diffusers knows for it, from the hub."""
+    quantize: Quantization | None = None
+    """Hold the frozen weights of the denoiser's linear layers, and of T5's or Qwen3's, in 4 bits (nf4: QLoRA, Dettmers
+    et al. 2023, 2305.14314) or 8 (int8, 2208.07339). Under an adapter alone, and not under each: docs/methods.md."""
+    clip_skip: int | None = None
+    """Which layer of CLIP is read, as clients count: 1 is the last, 2 the last but one (diffusers' clip_skip=1).
+    Default: the checkpoint's own, 1 for Stable Diffusion 1.x and 2.x, 2 for XL; of adapters that are drawn with, what
+    their files say."""
+    text_chunks: int | None = None
+    """Read captions and prompts in so many chunks of 75 tokens, for Stable Diffusion 1.x, 2.x and XL: longer ones are
+    cut, shorter ones filled up with empty chunks (3: kohya's --max_token_length 225). Default: 1; `finetune generate`
+    takes what the adapters say, and more where a prompt needs more."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ def main(config: Config) -> None:
     ft.priors.check(config.prior, config.data, examples)
     ft.objective.check(config.loss)
     ft.loop.require_no_base(config.loss)
+    ft.adapters.require_whole(config.model)
     ft.optim.check_full(config.full, config.optim, config.train, run.accelerator)
     measured = ft.Measured(run, config, examples, held_out)
     run.hold()
@@ -89,4 +90,5 @@ def main(config: Config) -> None:
     if run.leads:
         model = save("model")
         run.keep_best(training, "model", save)
-        run.finish(f'finetune generate --model {model} --prompt "{prompts[0]}"{ft.sampling.asks(family)}')
+        command = f'finetune generate --model {model}{source.flags()} --prompt "{prompts[0]}"'
+        run.finish(command + ft.sampling.asks(family))

@@ -50,7 +50,7 @@ def main(config: Config) -> None:
     examples, held_out = ft.data.read(config.data, config.captions, run.seed)
     ft.priors.check(config.prior, config.data, examples)
     ft.objective.check(config.loss)
-    ft.adapters.check(config.adapter, config.optim)
+    ft.adapters.check(config.adapter, config.optim, config.model, run.accelerator)
     measured = ft.Measured(run, config, examples, held_out)
     run.hold()
 

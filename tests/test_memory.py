@@ -118,7 +118,17 @@ def test_drawing_says_it_too(tiny_models: dict[str, Path], tmp_path: Path, capsy
 
 
 def test_only_what_is_left_to_change_is_offered(tmp_path: Path) -> None:
-    flags = ["--gradient-checkpointing", "--optimizer", "came", "--precision", "bf16", "--rank", "4"]
+    flags = [
+        "--gradient-checkpointing",
+        "--optimizer",
+        "came",
+        "--precision",
+        "bf16",
+        "--rank",
+        "4",
+        "--quantize",
+        "nf4",
+    ]
     asked = ["--data", "x", "--output", str(tmp_path), "--resolution", "512", "768", *flags]
     config = parse(shelf.load("lora").Config, asked, "train")
     offered = [remedy.text for remedy in memory.remedies(config, "training")]

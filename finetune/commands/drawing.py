@@ -105,9 +105,28 @@ def load(config: Drawing) -> Family:
     """The model, made ready."""
     from finetune import engine, families
 
-    source = families.Source(config.model.model, config.model.revision, config.model.model_config)
+    source = families.Source(**vars(as_trained(config)))
     family = families.load(source, engine.dtype(config.precision), engine.device())
     return ready(family, config)
+
+
+def as_trained(config: Drawing) -> Model:
+    """The model, read as the adapters' headers say that they were trained, where the settings say nothing.
+
+    Raises Fault when they say different things.
+    """
+    from finetune import weights
+    from finetune.export import metadata
+
+    model, headers = config.model, [metadata.own(weights.read_metadata(path)) for path in config.adapter]
+    for name in ("clip_skip", "text_chunks"):
+        told = {header[name] for header in headers if isinstance(header.get(name), int)}
+        if len(told) > 1 and getattr(model, name) is None:
+            flag = f"--{name.replace('_', '-')}"
+            raise Fault(f"the adapters were trained with {flag} {' and '.join(map(str, sorted(told)))}: say which.")
+        if told and getattr(model, name) is None:
+            model = replace(model, **{name: told.pop()})
+    return model
 
 
 def ready(family: Family, config: Drawing) -> Family:
@@ -147,12 +166,15 @@ def set_scales(family: Family, scales: Sequence[float]) -> None:
 
 def facts(config: Drawing, family: Family) -> dict[str, Any]:
     """What pictures say of how all of them were drawn."""
+    from finetune import families
+
     return {
         "negative": config.negative or None,
         "scheduler": config.scheduler or type(family.pipeline.scheduler).__name__,
         "zero_terminal_snr": from_noise(config) or None,
         "model": config.model.model,
         "revision": config.model.revision,
+        **families.Source(**vars(as_trained(config))).how(),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -88,7 +88,8 @@ def _base(config: Config, found: Trained) -> Source | None:
     if config.model is None:
         if config.revision is not None or config.model_config is not None:
             raise Fault("--revision and --model-config go with --model.")
-        return found.base()
+        own = found.base()
+        return replace(own, quantize=None) if own else None  # an adapter goes into whole weights
     if found.folder is not None:
         raise Fault(f"--model {config.model}: {found.folder} is a whole model itself. Leave --model out.")
     return Source(config.model, config.revision, config.model_config)

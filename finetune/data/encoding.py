@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from finetune import home
+from finetune import home, prompting
 from finetune.data import cache
 from finetune.data.cache import Store
 from finetune.data.examples import Item, pixels
@@ -180,7 +180,7 @@ def encode_texts(family: Family, captions: Sequence[str], store: Store, track: T
 
     def conditions(caption: str) -> Conditions:
         with torch.no_grad():
-            return {name: value.cpu() for name, value in family.encode_prompts([caption]).items()}
+            return {name: value.cpu() for name, value in prompting.conditions(family, [caption]).items()}
 
     wanted = [(_text_key(caption, encoders), caption) for caption in captions]
     return _build(store, wanted, lambda caption: caption, conditions, "encode captions", track, turn)
@@ -362,5 +362,9 @@ def _encoders_fingerprint(family: Family) -> str:
     """A tokenizer also tells how it was last called (padding, truncation), which is no part of what it is."""
     told = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in tokenizers(family)]
     words = [{name: part for name, part in one.items() if name not in ("padding", "truncation")} for one in told]
+    how = [family.clip_skip, family.chunks] if prompting.is_read_otherwise(family) else []  # type: ignore[attr-defined]
+    zeros = ["zeros"] if family.pipeline.config.get("force_zeros_for_empty_prompt") else []
     said = [template for one in tokenizers(family) if (template := getattr(one, "chat_template", None))]
-    return cache.key([cache.fingerprint(encoder) for encoder in text_encoders(family).values()], words, *said)
+    return cache.key(
+        [cache.fingerprint(encoder) for encoder in text_encoders(family).values()], words, *said, *how, *zeros
+    )

@@ -16,12 +16,15 @@ from finetune.errors import Fault
 
 
 def describe(
-    given: Sequence[Example] | Sequence[Item], tokenizers: Iterable[Any] = (), titles: Sequence[str] = ()
+    given: Sequence[Example] | Sequence[Item],
+    tokenizers: Iterable[Any] = (),
+    titles: Sequence[str] = (),
+    chunks: int = 1,
 ) -> list[str]:
     """Lines for the run's summary. What was done to the pictures is counted, and the files concerned are named.
 
     Of items, also how they are scaled and cropped; with the model's tokenizers, also what of their captions is cut off.
-    `titles`: what the concepts are called.
+    `titles`: what the concepts are called. `chunks`: of captions, as in `cut_off`.
     """
     items = [one for one in given if isinstance(one, Item)]
     every = [one.example if isinstance(one, Item) else one for one in given]
@@ -33,7 +36,7 @@ def describe(
     see_through = [one for one, facts in found.items() if facts.transparent and one.mask != one.path]
     lines += _named("transparent, put on the background", see_through)
     lines += _captions(examples, items)
-    lines += cut_off(examples, tokenizers)
+    lines += cut_off(examples, tokenizers, chunks=chunks)
     lines += _left_alone(examples)
     lines += [f"{_name(one)}: {note}" for one, facts in found.items() for note in facts.notes]
     return lines
@@ -50,14 +53,14 @@ def numbers(examples: Sequence[Example]) -> list[int]:
     return sorted({one.concept for one in examples})
 
 
-def cut_off(examples: Sequence[Example], tokenizers: Iterable[Any], most: int = 6) -> list[str]:
-    """Lines that show which captions are longer than a text encoder's window, and what of each is never seen."""
+def cut_off(examples: Sequence[Example], tokenizers: Iterable[Any], most: int = 6, chunks: int = 1) -> list[str]:
+    """Lines that show which captions are longer than so many windows of a text encoder, and what is never seen."""
     known = list(tokenizers)
     owners: dict[str, list[str]] = {}
     for one in examples if known else ():
         for text in one.captions:
             owners.setdefault(text, []).append(_name(one))
-    lost = [(cut, names) for text, names in owners.items() if (cut := captions.cut_off(known, text))]
+    lost = [(cut, names) for text, names in owners.items() if (cut := captions.cut_off(known, text, chunks))]
     lines = [f'too long for the text encoder, which does not see "{cut}": {_shortened(names)}' for cut, names in lost]
     return [*lines[:most], *([f"... and {len(lines) - most} more captions"] if len(lines) > most else [])]
 

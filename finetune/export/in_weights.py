@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from finetune.errors import Fault
 from finetune.export import naming
 from finetune.export.content import Adapter, Layer
 from finetune.export.reading import adaptable, listed
-from finetune.families import Family
+from finetune.families import Family, quantized
 
 ABSENT = "the model has no such layer"
 
@@ -38,6 +38,8 @@ HELD: WeakKeyDictionary[DiffusionPipeline, Held] = WeakKeyDictionary()
 def put(family: Family, adapter: Adapter, name: str, path: Path) -> None:
     """Put an adapter into the weights, at strength 1. `path`: what to call it in messages. Raises Fault when it does
     not fit the model."""
+    for module, paths in _quantized(family, adapter):
+        quantized.open_(module, paths)
     weights = changeable(adaptable(family))
     if wrong := [f"{layer}: {line}" for layer, line in unfit(adapter, weights)]:
         raise Fault(f"{path}: {len(wrong)} of its layers do not belong to this {family.title} model.", listed(wrong))
@@ -68,7 +70,8 @@ def set_strengths(family: Family, strengths: Mapping[str, float]) -> None:
 
 @contextmanager
 def changed(family: Family, adapter: Adapter) -> Iterator[None]:
-    """Inside, the weights are changed as the adapter's formulas say; afterwards they are as before."""
+    """Inside, the weights are changed as the adapter's formulas say; afterwards they are as before. (Quantised ones
+    must be `opened`.)"""
     weights, kept = changeable(adaptable(family)), {}
     try:
         for layer in adapter:
@@ -78,6 +81,24 @@ def changed(family: Family, adapter: Adapter) -> Iterator[None]:
     finally:
         for name, data in kept.items():
             weights[name].data = data
+
+
+@contextmanager
+def opened(family: Family, adapter: Adapter) -> Iterator[None]:
+    """Inside, the layers that an adapter changes are not quantised."""
+    with ExitStack() as stack:
+        for module, paths in _quantized(family, adapter):
+            stack.enter_context(quantized.opened(module, paths))
+        yield
+
+
+def _quantized(family: Family, adapter: Adapter) -> Iterator[tuple[nn.Module, list[str]]]:
+    """Those of the layers that are quantised, by module."""
+    names = {layer.name for layer in adapter}
+    for part, module in adaptable(family).items():
+        found = [path for path, layer in module.named_modules() if quantized.is_quantized(layer)]
+        told = {path: naming.written(module, path.removesuffix(".base_layer")) for path in found}
+        yield module, [path for path in found if f"{part}.{told[path]}" in names]
 
 
 def changeable(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from finetune import families
-from finetune.errors import Failure
+from finetune.errors import Failure, Fault
 from finetune.export import naming
 from finetune.export.compare import REROUNDED, difference, encoding, prediction, rounded_alike
 from finetune.export.reading import first_line, listed
@@ -79,7 +79,11 @@ def verify(family: Family, what: str, precisions: Mapping[str, torch.dtype], loa
 
 
 def require_whole(family: Family) -> None:
-    """Raises ValueError when a part of the pipeline is out of memory."""
+    """Raises ValueError when a part of the pipeline is out of memory, Fault when it is held in codes."""
+    if families.quantized.there(family):
+        raise Fault(
+            "a quantised base is not written as a whole model: load it without --quantize, and merge into that."
+        )
     optional = {*family.pipeline._optional_components, *family.optional_parts}
     released = [name for name, part in family.pipeline.components.items() if part is None and name not in optional]
     if released:

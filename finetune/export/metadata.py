@@ -120,7 +120,8 @@ def of_training(
         "ss_resolution": f"({max(sides)}, {max(sides)})",
         "ss_sd_model_name": model if model != provenance.LOCAL else None,
         "ss_num_train_images": str(pictures) if pictures else None,
-        "ss_clip_skip": str(edition.clip_skip) if edition.clip_skip else None,
+        "ss_clip_skip": str(given.get("clip_skip") or edition.clip_skip or "") or None,
+        "ss_max_token_length": str(75 * chunks) if (chunks := given.get("text_chunks")) else None,
     }
     told |= {f"modelspec.{name}": given.get(name) for name in FREE_TEXTS if given.get(name)}
     if given.get("tell_captions") and (tags := _tags(captions)):

@@ -210,8 +210,8 @@ def _require_fitting(family: Family, path: Path, promised: Mapping[str, Tensor])
         weight = _weight(family, match["layer"]) if match else None
         if match is None or weight is None:
             wrong.append(f"{name}: this model has no such layer")
-        elif _side(tensor, match["kind"]) != weight.shape[KINDS[match["kind"]]]:
-            wrong.append(f"{name}: {tuple(tensor.shape)} does not fit the layer's weight {tuple(weight.shape)}")
+        elif _side(tensor, match["kind"]) != weight[KINDS[match["kind"]]]:
+            wrong.append(f"{name}: {tuple(tensor.shape)} does not fit the layer's weight {weight}")
         else:
             pair = {f"{match['layer']}.lora_A.weight", f"{match['layer']}.lora_B.weight"}
             lacking += [other for other in pair if other not in promised]
@@ -230,12 +230,13 @@ def _side(tensor: Tensor, kind: str) -> int:
     return tensor.numel() if tensor.ndim < 2 or kind == LENGTHS else tensor.shape[KINDS[kind]]
 
 
-def _weight(family: Family, name: str) -> Tensor | None:
-    """The weight of a layer, by its name with the part before it."""
+def _weight(family: Family, name: str) -> tuple[int, ...] | None:
+    """The shape of a layer's weight, by its name with the part before it."""
     part, _, layer = name.partition(".")
     try:
         found: Any = adaptable(family)[part].get_submodule(layer)
     except (KeyError, AttributeError):
         return None
-    weight = getattr(found.get_base_layer() if isinstance(found, LoraLayer) else found, "weight", None)
-    return weight if isinstance(weight, Tensor) and weight.ndim >= 2 else None
+    layer = found.get_base_layer() if isinstance(found, LoraLayer) else found
+    weight = getattr(layer, "weight", None)
+    return families.quantized.shape(layer) if isinstance(weight, Tensor) and weight.ndim >= 2 else None

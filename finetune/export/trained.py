@@ -79,7 +79,8 @@ class Trained:
     def base(self) -> Source | None:
         """The model that it was trained from. Raises Fault when that lies on this machine and is another one now."""
         if self.folder is not None:
-            return Source(str(self.folder))
+            told = self.settings.get("model", {})
+            return Source(str(self.folder), clip_skip=told.get("clip_skip"), text_chunks=told.get("text_chunks"))
         if self.run is None or "model" not in self.settings:
             return None
         source, entry = Source(**self.settings["model"]), ledger.read(self.run)

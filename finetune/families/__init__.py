@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from finetune.errors import Fault
+from finetune.families import quantized
 from finetune.families.base import (
     BESIDE,
     Conditions,
@@ -26,6 +27,7 @@ from finetune.families.base import (
     takes_source,
     text_encoders,
     tokenizers,
+    zeroed,
 )
 from finetune.families.flux import Flux
 from finetune.families.flux2_klein import Flux2Klein
@@ -52,6 +54,7 @@ __all__ = [
     "known",
     "load",
     "modules",
+    "quantized",
     "release",
     "restore",
     "sibling",
@@ -60,6 +63,7 @@ __all__ = [
     "text_encoders",
     "tokenizers",
     "wrap",
+    "zeroed",
 ]
 
 FAMILIES: dict[str, type[Family]] = {
@@ -91,14 +95,48 @@ def wrap(pipeline: DiffusionPipeline) -> Family:
 
 
 def load(source: Source, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Family:
-    """The base model on the device, frozen, every weight finite, in the given precision (the VAE in float32).
+    """The base model on the device, frozen, every weight finite, in the given precision (the VAE in float32), or
+    quantised where the source says so.
 
     Raises Fault when it cannot be found or read, is of an unknown family, or holds NaN or infinite weights.
     """
-    known(source.pipeline_class())
-    family = wrap(source.load(dtype).to(device))
+    _require_reading(known(source.pipeline_class()), source)
+    family = wrap(source.load(dtype))
+    _set_reading(family, source)
+    if source.quantize:
+        quantized.quantize(family, source.quantize, device)
+    family.pipeline.to(device)
     freeze(family)
     return family
+
+
+def _require_reading(made: type[Family], source: Source) -> None:
+    """Refuse what the family's text encoders are not asked. Needs no weights."""
+    own: int | None = getattr(made, "own_layer", None)
+    for flag, value in (("clip-skip", source.clip_skip), ("text-chunks", source.text_chunks)):
+        if value is not None and own is None:
+            raise Fault(
+                f"--{flag} {value}: {made.title} has no such thing: its text encoders read sentences of one length. "
+                "Stable Diffusion 1.x, 2.x and XL have. Leave it out."
+            )
+    if own is not None and source.clip_skip is not None and source.clip_skip < own:
+        raise Fault(
+            f"--clip-skip {source.clip_skip}: {made.title} is made for layer {own} of its text encoders, counted "
+            f"from the end: {own} skips nothing, {own + 1} one layer more."
+        )
+    if source.text_chunks is not None and source.text_chunks < 1:
+        raise Fault(f"--text-chunks {source.text_chunks}: at least 1; 3 is kohya's --max_token_length 225.")
+
+
+def _set_reading(family: Family, source: Source) -> None:
+    """Raises Fault where the text encoders do not have so many layers."""
+    if isinstance(family, TakesTokens):
+        encoders: dict[str, Any] = text_encoders(family)
+        layers = min(encoder.config.num_hidden_layers for encoder in encoders.values())
+        if (source.clip_skip or 1) > layers + 1:  # before the first layer there are the embeddings
+            raise Fault(f"--clip-skip {source.clip_skip}: the model's text encoders have {layers} layers.")
+        family.clip_skip = source.clip_skip or family.own_layer
+        family.chunks = source.text_chunks or 1
 
 
 def release(family: Family, *names: str) -> None:
@@ -114,6 +152,8 @@ def restore(family: Family, source: Source, dtype: torch.dtype = torch.float32) 
         return
     fresh = source.load(dtype, {name: part for name, part in parts.items() if part is not None})
     family.pipeline.register_modules(**{name: fresh.components[name] for name in missing})
+    if source.quantize:
+        quantized.quantize(family, source.quantize, next(denoiser(family).parameters()).device, missing)
     for name in missing:
         if isinstance(fresh.components[name], torch.nn.Module):
             fresh.components[name].requires_grad_(False).eval()

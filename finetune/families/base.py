@@ -198,6 +198,13 @@ class Family(Protocol):
 class TakesTokens(Protocol):
     """A family whose prompts may be put together of tokens, in chunks: see `finetune.prompting`."""
 
+    own_layer: ClassVar[int]
+    """Which layer of its text encoders it was made with: 1 is the last."""
+    clip_skip: int
+    """Which is read"""
+    chunks: int
+    """In how many chunks prompts are read, see `prompting.conditions`"""
+
     def encode_tokens(self, tokens: Sequence[Tensor]) -> Conditions:
         """Tokens (B, 77), one tensor for each tokenizer, begin and end included -> conditions, as of prompts."""
         ...
@@ -298,6 +305,24 @@ def guided(prompts: Sequence[str], negative: str, guidance: float) -> dict[str, 
     # SDXL takes no negative prompt and an empty one differently; no words mean none, as without the option.
     against = [negative] * len(prompts) if negative else None
     return {"prompt": list(prompts), "negative_prompt": against, "guidance_scale": guidance}
+
+
+def tokens(pipeline: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """(B, 77), as diffusers has them: what is longer is cut."""
+    words = pipeline.maybe_convert_prompt(list(prompts), tokenizer)  # textual inversions may be of several vectors
+    told = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    return tokenizer(words, return_tensors="pt", **told).input_ids
+
+
+def zeroed(pipeline: Any, prompts: Sequence[str], conditions: Conditions) -> Conditions:
+    """Zeros for empty prompts, where the pipeline draws so without words (SDXL's authors have trained so)."""
+    if not pipeline.config.get("force_zeros_for_empty_prompt"):
+        return conditions
+    said = torch.tensor([bool(prompt) for prompt in prompts])
+    return {
+        name: torch.where(said.to(value.device).reshape(-1, *[1] * (value.ndim - 1)), value, torch.zeros_like(value))
+        for name, value in conditions.items()
+    }
 
 
 def skeleton(published: Published, edition: Edition) -> dict[str, nn.Module]:

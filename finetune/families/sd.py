@@ -45,7 +45,10 @@ class StableDiffusion:
     """Rombach et al. 2021, 2112.10752."""
 
     pipeline: StableDiffusionPipeline
+    clip_skip: int = 1
+    chunks: int = 1
 
+    own_layer: ClassVar[int] = 1
     title: ClassVar[str] = "Stable Diffusion"
     denoiser_name: ClassVar[str] = "unet"
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
@@ -109,17 +112,18 @@ class StableDiffusion:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
         """text: (B, 77, D), the last hidden state after the final layer norm."""
-        device = self.pipeline.text_encoder.device
-        encode = StableDiffusionPipeline.encode_prompt  # which the pipeline that changes pictures does not have
-        text, _ = encode(self.pipeline, list(prompts), device, 1, do_classifier_free_guidance=False)
-        return {"text": text}
+        return self.encode_tokens([base.tokens(self.pipeline, self.pipeline.tokenizer, prompts)])
 
     def words(self, prompts: Sequence[str], negative: str, guidance: float) -> dict[str, Any]:
         return base.guided(prompts, negative, guidance)
 
     def encode_tokens(self, tokens: Sequence[Tensor]) -> Conditions:
+        """Another layer's hidden state goes through the final layer norm too."""
         encoder = self.pipeline.text_encoder
-        return {"text": encoder(tokens[0].to(encoder.device))[0]}
+        told = encoder(tokens[0].to(encoder.device), output_hidden_states=self.clip_skip > 1)
+        if self.clip_skip == 1:
+            return {"text": told[0]}
+        return {"text": getattr(encoder, "text_model", encoder).final_layer_norm(told.hidden_states[-self.clip_skip])}
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"text": (77, self.pipeline.unet.config.cross_attention_dim)}

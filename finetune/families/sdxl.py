@@ -52,7 +52,10 @@ class StableDiffusionXL:
     """Podell et al. 2023, 2307.01952."""
 
     pipeline: StableDiffusionXLPipeline
+    clip_skip: int = 2
+    chunks: int = 1
 
+    own_layer: ClassVar[int] = 2
     title: ClassVar[str] = "Stable Diffusion XL"
     denoiser_name: ClassVar[str] = "unet"
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
@@ -110,11 +113,9 @@ class StableDiffusionXL:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
         """text: (B, 77, D1 + D2), both encoders' last but one hidden states; pooled: (B, D2), of the second."""
-        device = self.pipeline.text_encoder_2.device
-        text, _, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        return {"text": text, "pooled": pooled}
+        tokenizers = self.pipeline.tokenizer, self.pipeline.tokenizer_2
+        told = self.encode_tokens([base.tokens(self.pipeline, tokenizer, prompts) for tokenizer in tokenizers])
+        return base.zeroed(self.pipeline, prompts, told)
 
     def words(self, prompts: Sequence[str], negative: str, guidance: float) -> dict[str, Any]:
         return base.guided(prompts, negative, guidance)
@@ -125,7 +126,7 @@ class StableDiffusionXL:
             encoder(ids.to(encoder.device), output_hidden_states=True)
             for encoder, ids in zip(encoders, tokens, strict=True)
         ]
-        return {"text": torch.cat([one.hidden_states[-2] for one in said], dim=-1), "pooled": said[-1][0]}
+        return {"text": torch.cat([one.hidden_states[-self.clip_skip] for one in said], dim=-1), "pooled": said[-1][0]}
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         unet = self.pipeline.unet.config

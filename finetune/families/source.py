@@ -29,7 +29,7 @@ STEMS = ("diffusion_pytorch_model", "model")
 
 @dataclass(frozen=True)
 class Source:
-    """A base model by name. `model` and `revision` as in `finetune.settings.Model`.
+    """A base model by name, how it is held, and how it reads. Fields as in `finetune.settings.Model`.
 
     `model_config` serves single-file checkpoints, which hold neither configuration nor tokenizer: the folder or hub
     name of a diffusers model of the same kind.
@@ -38,6 +38,18 @@ class Source:
     model: str
     revision: str | None = None
     model_config: str | None = None
+    quantize: str | None = None
+    clip_skip: int | None = None
+    text_chunks: int | None = None
+
+    def flags(self) -> str:
+        """The same as flags of a command that draws."""
+        return "".join(f" --{name.replace('_', '-')} {value}" for name, value in self.how().items())
+
+    def how(self) -> dict[str, Any]:
+        """How it is held and read, where that is not as the checkpoint has it."""
+        told = {"quantize": self.quantize, "clip_skip": self.clip_skip, "text_chunks": self.text_chunks}
+        return {name: value for name, value in told.items() if value is not None}
 
     @property
     def folder(self) -> Path | None:

@@ -132,9 +132,10 @@ def _with_adapter(release: Release) -> Iterator[str]:
         yield from _scheduler(release)
     if release.base and (file := release.read_by("PEFT")):
         yield "**PEFT**, for diffusers' pipeline"
-        yield fence([*_loaded(release, release.base), *_injected(release.repo, file),
-                     f"picture = pipeline({_python(prompt)}).images[0]"], "python")  # fmt: skip
+        yield fence([*_loaded(release, release.base), *_injected(release.repo, file), *_drawn(release)], "python")
         yield from _scheduler(release)
+    if release.skipped:
+        yield f"It was trained with clip skip {release.clip_skip}: set that in your program too."
     if file := release.read_by("ComfyUI"):
         yield f"**ComfyUI**: put {text(file)} into `models/loras`; the node *Load LoRA* loads it."
     webui = [name for name in WEBUI if name in release.files.get(release.main, ())]
@@ -185,13 +186,14 @@ def _loaded(release: Release, model: str) -> list[str]:
 
 def _drawn(release: Release) -> list[str]:
     prompt = _python(_line(release.drawn[0].prompt))
+    skipped = f", clip_skip={release.skipped}" if release.skipped else ""
     if not release.inpaints:
-        return [f"picture = pipeline({prompt}).images[0]"]
+        return [f"picture = pipeline({prompt}{skipped}).images[0]"]
     return [
         "from diffusers.utils import load_image",
         "",
         'image, mask = load_image("picture.png"), load_image("mask.png")  # white is drawn anew',
-        f"picture = pipeline({prompt}, image=image, mask_image=mask, strength=1.0).images[0]",
+        f"picture = pipeline({prompt}, image=image, mask_image=mask, strength=1.0{skipped}).images[0]",
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class Brush:
     guidance: float
     size: int | None
     from_noise: bool
+    how: Mapping[str, Any]
+    """How the model is held and read, see `Source.how`"""
 
     def draw(self, prompt: str, seed: int, strength: float = 1.0) -> Image:
         if self.adapter is not None:
@@ -56,6 +58,7 @@ class Brush:
             "zero_terminal_snr": self.from_noise or None,
             "model": self.model,
             "revision": self.revision,
+            **self.how,
         }
 
     @property

@@ -102,10 +102,14 @@ def files(folder: Path) -> list[Path]:
 def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
     """Weights, pictures and sidecars. Returns what the card is made of."""
     from finetune import engine, families, sampling
+    from finetune.families import TakesTokens
     from finetune.publishing import drawing, sidecar
     from finetune.publishing.release import Release
 
-    table = facts.settings["model"] if facts.adapter else {"model": str(facts.run / MODEL)}
+    table = facts.settings["model"] if facts.adapter else {
+        "model": str(facts.run / MODEL), "clip_skip": facts.flat.get("clip_skip"),
+        "text_chunks": facts.flat.get("text_chunks"),
+    }  # fmt: skip
     source = families.Source(**table)
     family = families.load(source, engine.dtype("auto"), engine.device())
     from_noise = bool(facts.adapter and facts.flat.get("zero_terminal_snr"))
@@ -115,7 +119,7 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
     drawn_with = folder / written.shown if written else None
     brush = drawing.Brush(
         family, facts.model if facts.adapter else wish.repo, table.get("revision"), drawn_with,
-        wish.steps, wish.guidance, wish.size, from_noise,
+        wish.steps, wish.guidance, wish.size, from_noise, source.how(),
     )  # fmt: skip
     drawn = drawing.samples(brush, folder, wish.prompts, wish.seeds, track)
     row = wish.prompts[0], wish.seeds[0], facts.strengths
@@ -152,6 +156,8 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
         embedded=facts.embedded,
         from_noise=from_noise,
         inpaints=families.takes_mask(family),
+        clip_skip=source.clip_skip,
+        skipped=source.clip_skip - family.own_layer if source.clip_skip and isinstance(family, TakesTokens) else 0,
     )
     if written and release.main in written.readers:
         shutil.copy(folder / drawn[0].file, folder / f"{wish.name}.preview.png")

@@ -64,6 +64,10 @@ class Release:
     """Whether it must be drawn from pure noise (--zero-terminal-snr)"""
     inpaints: bool = False
     """Whether it draws a part of a picture anew"""
+    clip_skip: int | None = None
+    """Which layer of CLIP it was trained with, as clients count"""
+    skipped: int = 0
+    """How many layers that leaves out, as diffusers counts"""
 
     @property
     def adapts(self) -> bool:

@@ -19,6 +19,7 @@ TINY = {
     "toybox": "sd",
     "inpaint15": "sd-inpainting",
     "pix2pix15": "sd-pix2pix",
+    "flux4bit": "flux",
 }
 """Of the families that files and `tiny` call by other names"""
 SHORT = ["--steps", "2", "--resolution", "64", "--save-every", "0", "--sample-every", "0", "--tracker", "none"]

@@ -129,7 +129,8 @@ def examine(
     if base is None and not framing.resolution:  # a guess refuses nothing
         judged = [replace(one, severity="warning") if one.severity == "error" else one for one in judged]
     found += [*judged, *symptoms.batches(framed, batch)]
-    found += [*symptoms.captions(examples, data, known.tokenizers), *symptoms.balance(examples, data)]
+    found += [*symptoms.captions(examples, data, known.tokenizers, model.text_chunks or 1)]
+    found += symptoms.balance(examples, data)
     found += _unused(data, everyone)
     return Report(
         ordered(found),

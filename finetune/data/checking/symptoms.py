@@ -134,7 +134,7 @@ def header(example: Example) -> tuple[str, bool]:
         return "RGB", False
 
 
-def captions(examples: Sequence[Example], data: Data, tokenizers: Sequence[Any]) -> Iterator[Finding]:
+def captions(examples: Sequence[Example], data: Data, tokenizers: Sequence[Any], chunks: int = 1) -> Iterator[Finding]:
     """Captions that are too long, lack the trigger, or are the prompt where others have their own."""
     own = [one for one in examples if one.own_caption]
     rest = names(one for one in examples if not one.own_caption)
@@ -143,7 +143,7 @@ def captions(examples: Sequence[Example], data: Data, tokenizers: Sequence[Any])
     for example in examples:
         (name,) = names([example])
         for caption in example.captions:
-            if cut := cut_off(tokenizers, caption):
+            if cut := cut_off(tokenizers, caption, chunks):
                 shown = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}... ({len(cut)} letters)"
                 text = f'{printable(name)}: the caption is longer than the text encoder reads; cut off: "{shown}"'
                 yield finding("warning", "caption-long", text, [name])
@@ -159,11 +159,11 @@ def captions(examples: Sequence[Example], data: Data, tokenizers: Sequence[Any])
         yield from tags(inside, triggers(data).get(number))
 
 
-def cut_off(tokenizers: Sequence[Any], caption: str) -> str | None:
+def cut_off(tokenizers: Sequence[Any], caption: str, chunks: int) -> str | None:
     """What the text encoders do not see of a caption. Without tokenizers, what they cannot see: a word is a token."""
     if tokenizers:
-        return texts.cut_off(tokenizers, caption)
-    return " ".join(caption.split()[WINDOW:]) or None
+        return texts.cut_off(tokenizers, caption, chunks)
+    return " ".join(caption.split()[chunks * WINDOW :]) or None
 
 
 def triggers(data: Data) -> dict[int, str]:

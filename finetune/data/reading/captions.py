@@ -115,12 +115,12 @@ def loses(text: str, trigger: str | None, settings: Captions) -> int | None:
     return places[0] if places and places[0] > settings.keep_tags else None
 
 
-def cut_off(tokenizers: Iterable[Any], text: str) -> str | None:
+def cut_off(tokenizers: Iterable[Any], text: str, chunks: int = 1) -> str | None:
     """What of a text lies beyond a text encoder's window (77 tokens for CLIP), and is never seen; None when all fits.
 
-    Of several tokenizers (transformers' own), the narrowest counts.
+    Of several tokenizers (transformers' own), the narrowest counts. `chunks`: how often the window is filled.
     """
-    return max((cut for one in tokenizers if (cut := _cut(one, text))), key=len, default=None)
+    return max((cut for one in tokenizers if (cut := _cut(one, text, chunks))), key=len, default=None)
 
 
 def _one_line(text: str | None) -> str:
@@ -154,11 +154,11 @@ def _varied(text: str, settings: Captions, rng: Any) -> str:
     return ", ".join(kept + left or loose[:1])
 
 
-def _cut(tokenizer: Any, text: str) -> str | None:
+def _cut(tokenizer: Any, text: str, chunks: int) -> str | None:
     window = tokenizer.model_max_length
     if window > 1_000_000:  # transformers' way to say that it knows of no limit
         return None
-    window -= tokenizer.num_special_tokens_to_add()
+    window = chunks * (window - tokenizer.num_special_tokens_to_add())
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     beyond = found["input_ids"][window:]
     if not beyond:
