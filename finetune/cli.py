@@ -198,4 +198,5 @@ VERBS = {
     "copy": Verb("copy a recipe or settings to change them", _copy),
     "toybox train": Verb("make the embedded base model again, from nothing", _page("finetune.toybox.train")),
     "toybox measure": Verb("measure the embedded base model with its judge", _page("finetune.toybox.measure")),
+    "toybox methods": Verb("measure all methods beside each other on it", _gently("finetune.toybox.methods")),
 }

@@ -28,8 +28,8 @@ class Config:
     result of a finished run."""
     protocol: Literal["short", "dreambooth", "style"] = "short"
     """`dreambooth`: the 25 prompts for objects or live subjects of Ruiz et al. 2022 (2208.12242), 4 pictures each.
-    `short`: a few of them (for toybox, in its words). `style`: for a style; other things in it, likeness by CLIP, and
-    how much of it other prompts take on (Sohn et al. 2023, 2306.00983)."""
+    `short`: a few of them (for toybox, in its words). `style`: for a style; other things in it, likeness by CLIP
+    (as Sohn et al. 2023, 2306.00983), and how much of it other prompts take on."""
     prompt: tuple[str, ...] = ()
     """Your own prompts instead, with the subject's words in them."""
     subject: str | None = None

@@ -145,7 +145,7 @@ def plain(prompt: str, words: str, noun: str | None) -> str:
 
 
 def _style(captions: Sequence[str], asked: Asked, model: str) -> Subject:
-    """The style's words around things, and the things alone for the base (as Sohn et al. 2023, 2306.00983)."""
+    """The style's words around things, and for the base the things alone."""
     around = asked.subject or _around([caption.split() for caption in captions])
     around = around if THING in around else f"{around} {THING}"
     words = " ".join(around.replace(THING, " ").split()).strip(" ,")
