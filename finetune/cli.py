@@ -200,4 +200,5 @@ VERBS = {
     "toybox measure": Verb("measure the embedded base model with its judge", _page("finetune.toybox.measure")),
     "toybox inpainting": Verb("make an inpainting checkpoint of it", _gently("finetune.toybox.inpainting")),
     "toybox fill": Verb("see what that fills masks with once it was tuned", _gently("finetune.toybox.filling")),
+    "toybox methods": Verb("measure all methods beside each other on it", _gently("finetune.toybox.methods")),
 }

@@ -198,6 +198,22 @@ def _oft(adapter: Adapter, places: Places) -> PeftConfig:
     return OFTConfig(module_dropout=adapter.dropout, target_modules=list(places), **blocks)
 
 
+def _boft(adapter: Adapter, places: Places) -> PeftConfig:
+    """Each weight's inputs must be parted into pairs of blocks, and these into pairs, for each factor but the first."""
+    butterfly.use()
+    group = adapter.rank * 2 ** (adapter.butterflies - 1)
+    for path, place in places.items():
+        inputs = int(place.module.get_parameter("weight")[0].numel())
+        if inputs % group or (adapter.butterflies > 1 and adapter.rank % 2):
+            raise Fault(
+                f"--rank {adapter.rank} --butterflies {adapter.butterflies}: {path} has {inputs} inputs, which are no "
+                f"multiple of {group}, or cannot be paired. The rank must be even, and its double as often as there "
+                "are butterflies after the first must divide them. Lower the one or the other."
+            )
+    blocks = {"boft_block_size": adapter.rank, "boft_n_butterfly_factor": adapter.butterflies}
+    return BOFTConfig(boft_dropout=adapter.dropout, target_modules=list(places), **blocks)
+
+
 NO, NF4, INT8 = frozenset[str](), frozenset({"nf4"}), frozenset({"int8"})
 PACKED = "PEFT makes its change in the shape that a weight is held in, and 4-bit weights are held two in a byte"
 RANKS = frozenset({"rank_pattern", "alpha_pattern", "conv_rank", "dropout"})

@@ -26,13 +26,15 @@ class Config:
     step: tuple[str, ...] = ()
     """Which states: steps of checkpoints, `best`, `last`, `result`. Default: every checkpoint that is kept, and the
     result of a finished run."""
-    protocol: Literal["short", "dreambooth"] = "short"
+    protocol: Literal["short", "dreambooth", "style"] = "short"
     """`dreambooth`: the 25 prompts for objects or live subjects of Ruiz et al. 2022 (2208.12242), 4 pictures each.
-    `short`: a few of them (for toybox, in its words)."""
+    `short`: a few of them (for toybox, in its words). `style`: for a style; other things in it, likeness by CLIP
+    (as Sohn et al. 2023, 2306.00983), and how much of it other prompts take on."""
     prompt: tuple[str, ...] = ()
     """Your own prompts instead, with the subject's words in them."""
     subject: str | None = None
-    """The words that call what was learned, e.g. "sks dog". Default: as the run's settings and captions have it."""
+    """The words that call what was learned, e.g. "sks dog"; of a style with {} for what is shown, e.g.
+    "neonart, {}". Default: as the run's settings and captions have it."""
     class_name: str | None = None
     """What it is one of, e.g. dog. Default: as the run's class prompt has it."""
     references: tuple[Path, ...] = ()
@@ -80,6 +82,7 @@ def main(config: Config) -> None:
     device = engine.device()
     places = config.dino, config.clip, config.lpips
     panel = judges.panel(config.judge, brief.plan.source.model, places, device)
+    panel = panel.of_styles() if config.protocol == "style" else panel
     table = evaluate.evaluate(brief, panel, device, track)
     said = verdict.judge(table, seed=config.seed)
     if config.json:
@@ -104,5 +107,7 @@ def _require_sense(config: Config) -> None:
         raise Fault(f"--seed {config.seed}: a seed is 0 or more.")
     if config.protocol == "dreambooth" and (config.prompt or config.count not in (None, COUNT)):
         raise Fault("--protocol dreambooth has its own prompts, 4 pictures each: leave --prompt and --count out.")
+    if config.protocol == "style" and config.class_name:
+        raise Fault("--protocol style: a style has no class: leave --class-name out.")
     if not config.run.is_dir():
         raise Fault(f"{config.run}: there is no such folder. Name a run's folder, the --output of a training.")

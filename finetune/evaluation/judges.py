@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -185,6 +185,11 @@ class Panel:
     """Sees all of a picture: for drift and for copies of training pictures"""
     differ: Differ
     differ_title: str
+    style: Mapping[str, Judge]
+    """Likeness of styles: what reads prompts first, which sees how a thing is drawn, as it has words for it"""
+
+    def of_styles(self) -> Panel:
+        return replace(self, likeness=self.style)
 
 
 def panel(kind: str, model: str, places: tuple[str, str, str], device: torch.device | str) -> Panel:
@@ -202,8 +207,9 @@ def toybox() -> Panel:
     from finetune.toybox.judge import Judge as Embedded
 
     judge = Embedded.load()
-    whole = ToyboxWhole(judge)
-    return Panel({"likeness": ToyboxIdentity(judge)}, ToyboxPrompt(judge), "prompt score", whole, whole, "diversity")
+    whole, words = ToyboxWhole(judge), ToyboxPrompt(judge)
+    things, styles = {"likeness": ToyboxIdentity(judge)}, {"likeness": words}
+    return Panel(things, words, "prompt score", whole, whole, "diversity", styles)
 
 
 def published(
@@ -211,7 +217,9 @@ def published(
 ) -> Panel:
     """The models that papers use, by hub name or folder. Raises Fault when one is not to be had."""
     seer, reader = DINO(dino, device), CLIP(clip, device)
-    return Panel({"DINO": seer, "CLIP-I": reader}, reader, "CLIP-T", seer, LPIPS(lpips, device), "DIV")
+    things: dict[str, Judge] = {"DINO": seer, "CLIP-I": reader}
+    styles: dict[str, Judge] = {"CLIP-I": reader, "DINO": seer}
+    return Panel(things, reader, "CLIP-T", seer, LPIPS(lpips, device), "DIV", styles)
 
 
 def prepared(picture: Image, shorter: int, side: int, means: Sequence[float], deviations: Sequence[float]) -> Tensor:

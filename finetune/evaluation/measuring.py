@@ -26,7 +26,8 @@ class Drawn:
     subjects: Sequence[Sequence[Image]]
     """Of each concept's prompts"""
     classes: Sequence[Sequence[Image]]
-    """Of each concept's class prompt; empty where it has none"""
+    """Of each concept's class prompt; empty where it has none. Of a style the
+    unrelated ones: nothing may take it on"""
     unrelated: Sequence[Image]
     files: Sequence[str]
     """Names of the subjects' pictures"""
@@ -51,7 +52,7 @@ def figures(
     made = [
         *_likeness(panel, drawn, real, units, seed),
         _fidelity(panel, drawn, subjects, units, seed),
-        *(_classes(panel, drawn, real, seed) if any(drawn.classes) else ()),
+        *(_classes(panel, drawn, real, subjects, seed) if any(drawn.classes) else ()),
         _diversity(panel, drawn, subjects, seed),
         *([_drift(panel, drawn, base, seed)] if base is not None else ()),
         _copies(panel, drawn, real, units, seed),
@@ -67,18 +68,26 @@ def _likeness(panel: Panel, drawn: Drawn, real: Real, units: Sequence[int], seed
 
 
 def _fidelity(panel: Panel, drawn: Drawn, subjects: Sequence[Subject], units: Sequence[int], seed: int) -> Figure:
-    scale = f"{COSINE} of each picture with its prompt, which has the class for the subject; higher follows better"
+    without = "without its style" if any(one.style for one in subjects) else "which has the class for the subject"
+    scale = f"{COSINE} of each picture with its prompt, {without}; higher follows better"
     texts = _plain(subjects)
     said = panel.words.read([texts[unit] for unit in units])
     values = measures.fidelity(panel.words.see([*chain(*drawn.subjects)]), said).tolist()
     return _figure("fidelity", panel.words_title, values, units, panel.words.name, scale, seed)
 
 
-def _classes(panel: Panel, drawn: Drawn, real: Real, seed: int) -> Iterator[Figure]:
-    """How like the subject the bare class is, and how varied; each picture is a unit, as there is one prompt."""
-    scale = f"{COSINE} of pictures of the bare class with the subject's; lower is better"
+def _classes(panel: Panel, drawn: Drawn, real: Real, subjects: Sequence[Subject], seed: int) -> Iterator[Figure]:
+    """How like the subject the bare class is, and how varied; each picture is a unit, as there is one prompt.
+
+    Of a style, how like it pictures are whose prompts do not ask for it.
+    """
     title, judge = next(iter(panel.likeness.items()))
     values = _like(judge, drawn.classes, real)
+    if any(subject.style for subject in subjects):
+        scale = f"{COSINE} of pictures of other prompts with the style's; lower is better"
+        yield _figure("class drift", "style leak", values, range(len(values)), judge.name, scale, seed)
+        return
+    scale = f"{COSINE} of pictures of the bare class with the subject's; lower is better"
     title = "PRES" if title == "DINO" else "class drift"
     yield _figure("class drift", title, values, range(len(values)), judge.name, scale, seed)
     scale = "mean distance of two pictures of the bare class; higher is more varied"

@@ -61,7 +61,10 @@ class Plan:
         drawn = iter(drawing.draw(self.folder / name, every, self.how, identity, load, facts, track))
         files = [f"{name}/{picture.file}" for group in subjects for picture in group]
         taken = [[*islice(drawn, len(group))] for group in (*subjects, *classes, unrelated)]
-        return Drawn(taken[: len(subjects)], taken[len(subjects) : -1], taken[-1], files)
+        bare = [
+            taken[-1] if one.style else own for one, own in zip(self.subjects, taken[len(subjects) : -1], strict=True)
+        ]
+        return Drawn(taken[: len(subjects)], bare, taken[-1], files)
 
     def state(
         self, panel: Panel, name: str, step: int, drawn: Drawn, base: Drawn | None, validation: float | None = None

@@ -59,7 +59,19 @@ UNRELATED_TOYBOX = (
     "a photo of a red car on the beach", "a photo of a white cat in a room", "a cartoon of a blue fish under water",
     "a photo of a yellow rocket at night", "a photo of a pink cup in the snow", "a cartoon of a green boat in a meadow",
 )  # fmt: skip
+STYLED = (
+    "a cat", "a bowl of fruit on a table", "a street in a city in the rain", "a lighthouse on a cliff",
+    "a portrait of an old woman", "a bicycle leaning on a wall", "a mountain lake", "a steaming cup of coffee",
+)  # fmt: skip
+"""What is asked of a style: things that people draw."""
+STYLED_TOYBOX = (
+    "a blue cat on the beach", "a yellow car in the snow", "a red house at night", "a green fish in a room",
+    "a purple rocket in a meadow", "a white cup under water",
+)  # fmt: skip
+"""In the words that toybox knows; none of the pictures of `datasets/neon` shows one of these."""
 BEGINNING = re.compile(r"^(?:(?:a|an|the)\s+)?(?:\w+\s+)?(?:photo|picture|painting|drawing|cartoon|image)\s+of\s+")
+STYLE, THING = "style", "{}"
+"""The protocol for styles, and what stands for a thing in a style's words"""
 ARTICLE = re.compile(r"^(?:a|an|the)\s+")
 
 
@@ -75,6 +87,8 @@ class Subject:
     as no metric model knows the trigger"""
     class_prompt: str | None
     """The bare class; None where a run does not tell any (a style)"""
+    style: bool = False
+    """A style: what must not take it on is no class, but every prompt without its words"""
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,7 @@ class Asked:
 
     prompt: tuple[str, ...] = ()
     subject: str | None = None
-    """ "sks dog" """
+    """ "sks dog"; of a style, "neonart, {}" """
     class_name: str | None = None
     """ "dog" """
 
@@ -100,6 +114,9 @@ def subjects(
         )
     for part in parts:
         own = [caption for one in examples if one.concept == part.number for caption in one.captions]
+        if protocol == STYLE:
+            found.append(_style(own, asked, model))
+            continue
         bare = next(iter(part.class_prompt or prior.class_prompt), None)
         noun = asked.class_name or (_bare(bare) if bare else prior.class_word)
         words = asked.subject or _words(part.data, own, noun)
@@ -125,6 +142,30 @@ def plain(prompt: str, words: str, noun: str | None) -> str:
     if noun:
         said = re.sub(rf"(^|\bof\s+)(?={re.escape(noun)}\b)", r"\1a ", said)
     return " ".join(said.split())
+
+
+def _style(captions: Sequence[str], asked: Asked, model: str) -> Subject:
+    """The style's words around things, and for the base the things alone."""
+    around = asked.subject or _around([caption.split() for caption in captions])
+    around = around if THING in around else f"{around} {THING}"
+    words = " ".join(around.replace(THING, " ").split()).strip(" ,")
+    things = STYLED_TOYBOX if model == EMBEDDED else STYLED
+    prompts = asked.prompt or tuple(around.replace(THING, thing) for thing in things)
+    return Subject(words, prompts, tuple(plain(one, words, None).strip(" ,") for one in prompts), None, style=True)
+
+
+def _around(captions: Sequence[Sequence[str]]) -> str:
+    """ "a neon sign of {}": what all captions begin and end with. Raises Fault where they tell no thing from it."""
+    begin = _common(captions)
+    end = _common([caption[len(begin) :][::-1] for caption in captions])[::-1]
+    while begin and begin[-1] in ("a", "an", "the"):
+        begin.pop()
+    if not (begin or end) or any(len(caption) <= len(begin) + len(end) for caption in captions):
+        raise Fault(
+            "which words call the style? The captions do not all begin or end with them, beside what each picture "
+            'shows: say it, with {} for what is to be shown, e.g. --subject "neonart, {}".'
+        )
+    return " ".join([*begin, THING, *end])
 
 
 def _texts(protocol: str, model: str, noun: str | None) -> Sequence[str]:

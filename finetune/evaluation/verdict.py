@@ -18,7 +18,7 @@ the floor, the one of the highest fidelity is the best.
 What a class loses is both of what Ruiz et al. 2022 (section 3.3) preserve it against: that its pictures become like the
 subject, and that they become like each other. Diversity of the subject's own pictures has no line: a subject that is
 drawn well looks the same in the same scene. Of real pictures of gizmo and pip in one scene toybox's judge says .034
-to .066, and .044 of those that a good adapter drew.
+to .066, and .044 of those that a good adapter drew. Of a style the bare class is every prompt that does not ask for it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 
 from finetune.evaluation.measures import Estimate, bootstrap
+from finetune.evaluation.prompts import STYLE
 from finetune.evaluation.tables import Figure, State, Table, Verdict
 
 TOLERANCE = 0.01
@@ -36,6 +37,8 @@ CLASS = 0.5
 VARIETY = 0.8
 """Of the base's. On toybox with the prior's loss .69 to .80 was measured of gizmo after 100 to 900 steps (8 pictures,
 with intervals of .1 on either side: no alarm); without it .30 after 600, and .55 of pip"""
+CLASS_TAKEN = "the bare class has become like the subject"
+STYLE_TAKEN = "prompts that do not ask for the style have taken it on"
 ENOUGH = 8
 """Pictures of the bare class: of fewer, no interval tells how varied they are"""
 COPIES = 0.1
@@ -120,7 +123,7 @@ def _over(table: Table, state: State, seed: int) -> str | None:
         drifted = progress(table, state, "class drift")
         if drifted.low > CLASS:
             return (
-                f"the bare class has become like the subject: {drifted.value:.0%} ({_interval(drifted, '.0%')}) of the "
+                f"{_became(table)}: {drifted.value:.0%} ({_interval(drifted, '.0%')}) of the "
                 f"way to its real pictures, more than {CLASS:.0%}"
             )
     if "class diversity" in state.figures and "class diversity" in table.base.figures:
@@ -135,6 +138,10 @@ def _over(table: Table, state: State, seed: int) -> str | None:
     if copies and copies.low > COPIES:
         return f"{copies.value:.0%} ({_interval(copies, '.0%')}) of the samples copy a training picture"
     return None
+
+
+def _became(table: Table) -> str:
+    return STYLE_TAKEN if table.protocol == STYLE else CLASS_TAKEN
 
 
 def _why(table: Table, chosen: State) -> str:

@@ -108,6 +108,27 @@ def test_every_figure_is_that_of_the_kept_pictures(
     assert html.escape(table["verdict"]["reason"]) in (run / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_style_is_measured_by_what_else_takes_it_on(
+    run: Path, places: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Likeness of things in it, as CLIP sees them, fidelity to the things alone, and likeness of unrelated prompts."""
+    other = tmp_path / "run"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("evaluation"))
+    words = ["--subject", "sks {}", "--step", "result"]
+    table = evaluate(other, places, "--protocol", "style", *words)
+    assert (table["protocol"], table["facts"]["measured against"]) == ("style", [["a dog on a sofa", "a red dog"]])
+    drawn, real, figures = other / "evaluation" / "result", opened(run.parent / "pictures", ""), table["states"][-1]
+    assert not opened(drawn, "class-"), "a style has no class"
+    clip = judges.published(*places[1::2]).words
+    for measure, beginning in (("likeness", "subject-"), ("class drift", "unrelated-")):
+        cosines = clip.see(opened(drawn, beginning)).numpy() @ clip.see(real).numpy().T
+        assert figures["figures"][measure]["value"] == pytest.approx(cosines.mean(), abs=1e-5)
+    said = clip.read(["a dog on a sofa"] * 2 + ["a red dog"] * 2).numpy()
+    seen = clip.see(opened(drawn, "subject-")).numpy()
+    assert figures["figures"]["fidelity"]["value"] == pytest.approx((seen * said).sum(1).mean(), abs=1e-5)
+    assert "| state | CLIP-I | DINO | CLIP-T | style leak | DIV | copies | drift |" in capsys.readouterr().out
+
+
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same_figures(
     run: Path, places: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +204,7 @@ def test_a_planted_training_picture_is_found(run: Path, places: list[str]) -> No
         (["--seed", "-1"], "--seed -1"),
         (["--step", "3"], "--step 3: there are checkpoints of 2, 4, best and last"),
         (["--protocol", "dreambooth", "--prompt", "a dog"], "has its own prompts"),
+        (["--protocol", "style", "--class-name", "dog"], "a style has no class"),
         (["--dino", "no/such-model"], "this metric model cannot be loaded"),
         (["--references", "a", "b"], "--references: 2 for 1 concepts"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,30 @@ def test_what_the_user_says_wins() -> None:
 def test_a_style_has_no_class() -> None:
     found = one(Data("p", trigger="in neon style"), Prior(prior=False), [], Asked(("a cat in neon style",)))
     assert (found.class_prompt, found.plain) == (None, ("a cat",))
+
+
+@pytest.mark.parametrize(
+    ("captions", "asked", "prompt", "name"),
+    [
+        (["a neon sign of a red car", "a neon sign of an owl"], NOTHING, "a neon sign of a cat", "a neon sign of"),
+        (["neonart, a red car", "neonart, a house"], NOTHING, "neonart, a cat", "neonart"),
+        (["a car in neon style", "two owls in neon style"], NOTHING, "a cat in neon style", "in neon style"),
+        (["a car", "two owls"], Asked(subject="{} as neonart"), "a cat as neonart", "as neonart"),
+        (["a car", "two owls"], Asked(subject="neonart"), "neonart a cat", "neonart"),
+    ],
+)
+def test_a_style_is_asked_of_things(captions: list[str], asked: Asked, prompt: str, name: str) -> None:
+    found = one(Data("p"), Prior(prior=False), examples(*captions), asked, "style")
+    assert (found.name, found.prompts[0], found.plain, found.class_prompt) == (name, prompt, prompts.STYLED, None)
+    assert found.style and len(found.prompts) == len(prompts.STYLED)
+    own = replace(asked, prompt=(prompt.replace("a cat", "a hut"),))
+    assert one(Data("p"), Prior(prior=False), examples(*captions), own, "style").plain == ("a hut",)
+
+
+@pytest.mark.parametrize("captions", [["a car", "two owls"], ["neonart"], ["neonart, a car", "neonart,"]])
+def test_a_style_whose_words_are_not_told_needs_them(captions: list[str]) -> None:
+    with pytest.raises(Fault, match=r"--subject \"neonart, \{\}\""):
+        one(Data("p"), Prior(prior=False), examples(*captions), protocol="style")
 
 
 def test_captions_without_a_common_beginning_need_the_words() -> None:

@@ -36,6 +36,12 @@ def test_the_best_is_the_earliest_within_the_tolerance_of_the_highest() -> None:
     assert verdict.best(table(state(100, 0.5), state(200, 0.78), state(300, 0.8))).step == 300
 
 
+def test_a_style_that_other_prompts_take_on_is_over_trained() -> None:
+    told = replace(table(state(100, 0.8, drift=0.9)), protocol="style")
+    said = verdict.judge(told)
+    assert said.word == "over-trained" and "prompts that do not ask for the style have taken it on: 90%" in said.reason
+
+
 def test_below_the_floor_no_likeness_helps() -> None:
     told = table(state(100, 0.6, fidelity=0.29), state(200, 0.9, fidelity=0.26))
     assert verdict.floor(told) == pytest.approx(0.27)
