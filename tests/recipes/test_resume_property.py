@@ -23,7 +23,7 @@ from finetune import batches, cli
 STEPS = 5
 SIZES = [(64, 64), (128, 64), (70, 64), (64, 100), (64, 64)]
 METHODS = [
-    *("--method lora --rank 4 --init olora", "--method dora", "--method loha", "--method lokr"),
+    *("--precision bf16", "--method lora --rank 4 --init olora", "--method dora", "--method loha", "--method lokr"),
     *("--method oft --rank 4", "--method ia3"),
 ]
 RATES = {"adamw": "1e-2", "adamw8bit": "1e-2", "prodigy": "1", "schedulefree": "1e-2"}
