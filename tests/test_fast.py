@@ -34,7 +34,7 @@ ADAPTERS = {
     "plain": Adapter(rank=4, alpha=2),
     "dropout": Adapter(rank=4, alpha=2, rslora=True, dropout=0.3),
     "two": Adapter(rank=4, alpha=2, init="olora", dropout=0.3),
-    "convolutions": Adapter(rank=4, alpha=2, conv_rank=2),
+    "convolutions": Adapter(rank=4, alpha=2, conv_rank=2, dropout=0.3),
     "dora": Adapter(rank=4, method="dora"),
 }
 CASES = [(kind, "dropout") for kind in KINDS]
@@ -105,17 +105,19 @@ def test_loss_and_gradients_are_those_of_the_plain_path(
         again, other = step(model.train(training), batch)
         assert again == pytest.approx(loss, rel=1e-6)
         assert error(other, gradients) < 1e-5
-    ours = [layer for layer in model.modules() if isinstance(layer, fast.Linear)]
-    theirs = [layer for layer in model.modules() if isinstance(layer, lora.Linear)]
+    ours = [layer for layer in model.modules() if isinstance(layer, fast.lora.Linear | fast.lora.Conv2d)]
+    theirs = [layer for layer in model.modules() if isinstance(layer, lora.LoraLayer)]
     assert len(ours) == (0 if name == "dora" else len(theirs))
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("sd", "plain"), ("sd", "convolutions"), ("sdxl", "plain"), ("sd3", "plain"), ("flux", "plain")]
+)
 def test_in_bf16_the_error_is_no_more_than_the_plain_path_has(
-    kind: str, tiny_models: dict[str, Path], pictures: Path
+    kind: str, name: str, tiny_models: dict[str, Path], pictures: Path
 ) -> None:
     """Each against the same bf16 weights computed with in fp32."""
-    model, batch = prepared(tiny_models[kind], pictures, ADAPTERS["plain"])
+    model, batch = prepared(tiny_models[kind], pictures, ADAPTERS[name])
     frozen = [p for p in model.parameters() if not p.requires_grad]
     for parameter in frozen:
         parameter.data = parameter.data.bfloat16().float()

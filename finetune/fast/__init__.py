@@ -13,12 +13,9 @@ from torch import nn
 
 from finetune import families
 from finetune.families import Family
-from finetune.fast import precision
-from finetune.fast.convolution import Conv2d
-from finetune.fast.lora import Linear
-from finetune.fast.recompute import GEGLU, ResnetBlock2D
+from finetune.fast import convolution, lora, precision, recompute
 
-FASTER: tuple[Any, ...] = (Linear, Conv2d, GEGLU, ResnetBlock2D)
+FASTER: tuple[Any, ...] = (lora.Linear, lora.Conv2d, convolution.Conv2d, recompute.GEGLU, recompute.ResnetBlock2D)
 """Each says by `fits` which layers of the class that it is made of it can stand for."""
 
 

@@ -81,22 +81,60 @@ class Linear(lora.Linear):
 
     @staticmethod
     def fits(layer: lora.Linear) -> bool:
-        """Not for DoRA and other variants, nor for a base that trains or whose weight is not one plain matrix."""
-        base: Any = layer.base_layer
-        known = type(base) is nn.Linear and type(base.weight.data) is Tensor and base.weight.is_floating_point()
-        return known and not base.weight.requires_grad and not layer.lora_variant and not any(layer.lora_bias.values())
+        return _is_plain(layer, nn.Linear)
 
     def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
         base: Any = self.base_layer
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        passive = self.disable_adapters or self.merged or not active or args or named
-        if passive or x.dtype != base.weight.dtype or torch.is_autocast_enabled(x.device.type):
+        active = [] if args or named else _active(self, x)
+        if not active:
             made: Tensor = super().forward(x, *args, **named)
             return made
         thin = tuple((self.scaling[name], _share(self.lora_dropout[name])) for name in active)
         halves = [half[name].weight for name in active for half in (self.lora_A, self.lora_B)]
         made = _LowRank.apply(x, base.weight, base.bias, thin, *halves)
         return made
+
+
+class Conv2d(lora.Conv2d):
+    """PEFT's convolution in the base's precision: PEFT makes x float32 for each of its thin convolutions."""
+
+    @staticmethod
+    def fits(layer: lora.Conv2d) -> bool:
+        return _is_plain(layer, nn.Conv2d)
+
+    def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+        base: Any = self.base_layer
+        active = [] if args or named else _active(self, x)
+        if not active:
+            made: Tensor = super().forward(x, *args, **named)
+            return made
+        y: Tensor = base(x)
+        for name in active:
+            dropout: Any = self.lora_dropout[name]
+            inner = _convolved(dropout(x), self.lora_A[name])
+            y = torch.add(y, _convolved(inner, self.lora_B[name]), alpha=self.scaling[name])
+        return y
+
+
+def _is_plain(layer: Any, kind: Any) -> bool:
+    """Not DoRA or another variant, nor on a base that trains or whose weight is no tensor of floats."""
+    base = layer.base_layer
+    known = type(base) is kind and type(base.weight.data) is Tensor and base.weight.is_floating_point()
+    plain = not layer.lora_variant and not any(layer.lora_bias.values())
+    return bool(known and plain and not base.weight.requires_grad)
+
+
+def _active(layer: Any, x: Tensor) -> list[str]:
+    """The adapters that are computed with; none where PEFT's own pass is to see to it."""
+    passive = layer.disable_adapters or layer.merged or x.dtype != layer.base_layer.weight.dtype
+    if passive or torch.is_autocast_enabled(x.device.type):
+        return []
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _convolved(x: Tensor, layer: Any) -> Tensor:
+    weight = layer.weight.to(x.dtype)
+    return functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def _share(dropout: Any) -> float:

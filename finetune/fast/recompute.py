@@ -45,7 +45,7 @@ class _NormSiLU(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         z, mean, rstd = _normed(x, weight, bias, *ctx.how)
-        of = aten.silu_backward(g, z), x.contiguous(), mean, rstd, weight
+        of = aten.silu_backward(g.contiguous(), z), x.contiguous(), mean, rstd, weight
         return *aten.native_group_norm_backward(*of, *_sizes(x), ctx.how[0], ctx.needs_input_grad[:3]), None, None
 
 
