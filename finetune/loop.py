@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from finetune import adapters, engine, families, keys, optim, prompting, rounding, sharding
+from finetune import adapters, engine, families, fast, keys, optim, prompting, rounding, sharding
 from finetune.adapters import Group
 from finetune.batches import Batch, Batches, drawn
 from finetune.data.encoding import Encodings, Track
@@ -153,6 +153,8 @@ class Training:
         self.groups, self.resting = list(groups), [False] * len(groups)
         self.scheduler = optim.schedule(optimizer, settings, train.steps, self.groups if _in_turns(groups) else ())
         self.batches = Batches(data, order, model.objective.timesteps, accelerator.device)
+        if train.fast:
+            fast.put_on(family)
         if train.gradient_checkpointing:
             _checkpoint_activations(family)
         names, beside = set(named(family, groups)), adapters.beside(family)

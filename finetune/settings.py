@@ -359,6 +359,9 @@ class Train:
     """Every draw of the run follows from it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    fast: bool = True
+    """Compute the same in fewer passes over memory, and keep less for the backward pass. --no-fast leaves all to the
+    libraries, for comparison."""
     save_every: int = 0
     """Export what was trained every so many steps, beside the end's. 0: only the end's."""
     ema: float = 0.0

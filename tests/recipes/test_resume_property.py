@@ -23,7 +23,7 @@ from finetune import batches, cli
 STEPS = 5
 SIZES = [(64, 64), (128, 64), (70, 64), (64, 100), (64, 64)]
 METHODS = [
-    *("--method lora --rank 4 --init olora", "--method dora", "--method loha", "--method lokr"),
+    *("--precision bf16", "--method lora --rank 4 --init olora", "--method dora", "--method loha", "--method lokr"),
     *("--method oft --rank 4", "--method boft --rank 4", "--method ia3"),
 ]
 SLIDER = ["slider", "--target", "a dog", "--positive", "a red dog", "--negative", "a blue dog", "--target-images", "3"]

@@ -1,0 +1,141 @@
+"""LoRA's forward and backward pass with the fewest passes over memory; PEFT keeps the adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+Thin = tuple[float, float]
+"""s and p of one adapter: what it is scaled by, and the share of its inputs that is dropped"""
+
+
+class _LowRank(Function):
+    """y = W x + b + sum of s B A d(x) over the adapters, W and b being frozen (Hu et al. 2021, 2106.09685, eq. 3).
+
+    d drops inputs; x: (..., in), W: (out, in), A: (r, in), B: (out, r), y: (..., out). With g = dL/dy
+
+        dL/dB = s g' (A d(x))        dL/dA = s (g B)' d(x)        dL/dx = g W + d'(s g B A)
+
+    where both sums over thin products are taken by the matrix products themselves, in place. What is kept is x, which
+    queries, keys and values share, and which inputs were dropped; A d(x) is computed again. A and B are computed with
+    in x's precision and have their gradients in their own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, thin: tuple[Thin, ...], *halves: Tensor
+    ) -> Tensor:
+        rows, y = x.reshape(-1, x.shape[-1]), functional.linear(x, weight, bias)
+        halves = tuple(half.to(x.dtype) for half in halves)
+        masks = []
+        for (scale, share), down, up in zip(thin, halves[::2], halves[1::2], strict=True):
+            given = rows
+            if share:
+                given, mask = torch.native_dropout(rows, share, True)
+                masks.append(mask)
+            y.view(-1, y.shape[-1]).addmm_(given @ down.t(), up.t(), alpha=scale)
+        ctx.thin = thin
+        ctx.save_for_backward(x, weight, *halves, *masks)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *saved = ctx.saved_tensors
+        count = 2 * len(ctx.thin)
+        halves, masks = saved[:count], iter(saved[count:])
+        rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        wanted = ctx.needs_input_grad
+        dx = g @ weight if wanted[0] else None
+        grads: list[Tensor | None] = []
+        for number, (scale, share) in enumerate(ctx.thin):
+            down, up = halves[2 * number : 2 * number + 2]
+            trains = wanted[4 + 2 * number]
+            mask, kept = (next(masks), 1 / (1 - share)) if share else (None, 1.0)
+            inner = _product(g, up, scale)  # (n, r)
+            if trains:
+                given = rows if mask is None else torch.ops.aten.native_dropout_backward(rows, mask, kept)
+                grads += [inner.t() @ given, _product(g.t(), given @ down.t(), scale)]
+            else:
+                grads += [None, None]
+            if dx is not None and mask is None:
+                dx.addmm_(inner, down)
+            elif dx is not None:
+                dx.add_(torch.ops.aten.native_dropout_backward(inner @ down, mask, kept))
+        return None if dx is None else dx.view(x.shape), None, None, None, *grads
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a b"""
+    return a @ b if scale == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+class Linear(lora.Linear):
+    """PEFT's linear layer with plain LoRA. What else it does (switched off, merged, under autocast) is PEFT's own."""
+
+    @staticmethod
+    def fits(layer: lora.Linear) -> bool:
+        return _is_plain(layer, nn.Linear)
+
+    def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+        base: Any = self.base_layer
+        active = [] if args or named else _active(self, x)
+        if not active:
+            made: Tensor = super().forward(x, *args, **named)
+            return made
+        thin = tuple((self.scaling[name], _share(self.lora_dropout[name])) for name in active)
+        halves = [half[name].weight for name in active for half in (self.lora_A, self.lora_B)]
+        made = _LowRank.apply(x, base.weight, base.bias, thin, *halves)
+        return made
+
+
+class Conv2d(lora.Conv2d):
+    """PEFT's convolution in the base's precision: PEFT makes x float32 for each of its thin convolutions."""
+
+    @staticmethod
+    def fits(layer: lora.Conv2d) -> bool:
+        return _is_plain(layer, nn.Conv2d)
+
+    def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+        base: Any = self.base_layer
+        active = [] if args or named else _active(self, x)
+        if not active:
+            made: Tensor = super().forward(x, *args, **named)
+            return made
+        y: Tensor = base(x)
+        for name in active:
+            dropout: Any = self.lora_dropout[name]
+            inner = _convolved(dropout(x), self.lora_A[name])
+            y = torch.add(y, _convolved(inner, self.lora_B[name]), alpha=self.scaling[name])
+        return y
+
+
+def _is_plain(layer: Any, kind: Any) -> bool:
+    """Not DoRA or another variant, nor on a base that trains or whose weight is no tensor of floats."""
+    base = layer.base_layer
+    known = type(base) is kind and type(base.weight.data) is Tensor and base.weight.is_floating_point()
+    plain = not layer.lora_variant and not any(layer.lora_bias.values())
+    return bool(known and plain and not base.weight.requires_grad)
+
+
+def _active(layer: Any, x: Tensor) -> list[str]:
+    """The adapters that are computed with; none where PEFT's own pass is to see to it."""
+    passive = layer.disable_adapters or layer.merged or x.dtype != layer.base_layer.weight.dtype
+    if passive or torch.is_autocast_enabled(x.device.type):
+        return []
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _convolved(x: Tensor, layer: Any) -> Tensor:
+    weight = layer.weight.to(x.dtype)
+    return functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def _share(dropout: Any) -> float:
+    return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0

@@ -1,0 +1,23 @@
+"""A frozen part in its own precision: bf16 weights need no autocast, which casts again what is bf16 already."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def keep(part: nn.Module) -> None:
+    """Let a part whose weights are bf16 compute without autocast, whoever calls it. (fp16 has not the range.)
+
+    The adapter's weights stay float32 and are rounded where they are multiplied, as autocast rounds them.
+    """
+    if next(part.parameters()).dtype == torch.bfloat16:
+        part.forward = MethodType(_in_own, part)
+
+
+def _in_own(part: Any, *given: Any, **named: Any) -> Any:
+    with torch.autocast(part.device.type, enabled=False):
+        return type(part).forward(part, *given, **named)
