@@ -245,7 +245,7 @@ def test_ready_settings_can_be_given(name: str, photos: Path, capsys: pytest.Cap
     assert status == 0 and report["recommendation"], report["findings"]
 
 
-@pytest.mark.parametrize("recipe", ["lora", "dreambooth"])
+@pytest.mark.parametrize("recipe", ["lora", "dreambooth", "textual_inversion", "pivotal"])
 def test_the_settings_of_a_run_can_be_given(recipe: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = shelf.load(recipe)
     made = config.parse(page.Config, ["--data", str(photos), "--output", "o", "--batch-size", "5"], "finetune")

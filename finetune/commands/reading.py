@@ -20,9 +20,11 @@ from finetune.settings import (
     Model,
     Optim,
     Output,
+    Pivot,
     Prior,
     Samples,
     Train,
+    Words,
 )
 
 
@@ -38,6 +40,8 @@ class Reading:
     model: Model = field(default_factory=Model)
     train: Annotated[Train, Suppress] = field(default_factory=Train)
     prior: Annotated[Prior, Suppress] = field(default_factory=Prior)
+    words: Annotated[Words, Suppress] = field(default_factory=Words)
+    pivot: Annotated[Pivot, Suppress] = field(default_factory=Pivot)
     adapter: Annotated[Adapter, Suppress] = field(default_factory=Adapter)
     full: Annotated[Full, Suppress] = field(default_factory=Full)
     optim: Annotated[Optim, Suppress] = field(default_factory=Optim)
