@@ -18,6 +18,7 @@ from transformers import CLIPTextModel
 
 from finetune import adapters, cli, export, families, prompting, sampling
 from finetune.data.encoding import _encoders_fingerprint
+from finetune.export import trained
 from finetune.families import Family, Source
 from finetune.settings import Adapter
 
@@ -192,3 +193,16 @@ def test_adapters_that_disagree_want_to_be_told(
     with pytest.raises(SystemExit):
         cli.main(["generate", *words, "--adapter", *map(str, files)])
     assert "trained with --clip-skip 1 and 2: say which" in capsys.readouterr().err
+
+
+def test_a_model_of_dreambooth_is_drawn_so_by_those_who_know_the_run(
+    tiny_models: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder has no place for it: the run's last line says the flags."""
+    given = ["--model", str(tiny_models["sd"]), "--data", str(pictures), "--output", str(tmp_path / "run")]
+    given += ["--tracker", "none", "--no-report", "--resolution", "64", "--steps", "1", "--prompt", "sks", "--no-prior"]
+    cli.main(["train", "dreambooth", *given, "--clip-skip", "2", "--text-chunks", "2"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--clip-skip 2 --text-chunks 2 --prompt" in said
+    base = trained.find(tmp_path / "run").base()
+    assert base is not None and (base.clip_skip, base.text_chunks) == (2, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ def verify(family: Family, what: str, precisions: Mapping[str, torch.dtype], loa
     One part is loaded at a time: no second whole model is in memory. Raises Failure that lists what differs.
     """
     parts: dict[str, Any] = {**families.modules(family)}
+    reads: Any = family  # the prompt in the same way
     wrong: list[str] = []
     live = {family.denoiser_name: prediction(family)} | dict.fromkeys(families.text_encoders(family), encoding(family))
     for name, dtype in precisions.items():
@@ -69,7 +71,7 @@ def verify(family: Family, what: str, precisions: Mapping[str, torch.dtype], loa
         wrong += (other := _other_weights(name, module, fresh, dtype))
         if name in live and not other:
             fresh.to(module.device)
-            again = families.wrap(loaded)
+            again = replace(reads, pipeline=loaded)
             answer = prediction(again) if name == family.denoiser_name else encoding(again)
             gap = difference(live[name], answer)
             if not gap <= max(REROUNDED[dtype], REROUNDED[module.dtype]):
