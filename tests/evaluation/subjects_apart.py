@@ -22,9 +22,15 @@ from finetune.toybox.world import Spec, render
 
 DATASETS = Path(__file__).resolve().parents[2] / "datasets"
 TRIGGERS = {"gizmo": "sks", "pip": "zwx"}
-PRIOR, MASKS = "a class prompt each", "masks"
-WAYS: dict[str, tuple[str, ...]] = {"a trigger each": (), PRIOR: (PRIOR,), MASKS: (MASKS,), "both": (PRIOR, MASKS)}
-"""What is done beside the triggers to keep them apart"""
+SAME, PRIOR, MASKS = "nothing: one trigger for both", "class prompts", "masks"
+WAYS: dict[str, tuple[str, ...]] = {
+    SAME: (SAME,),
+    "a trigger each": (),
+    "triggers and class prompts": (PRIOR,),
+    "triggers and masks": (MASKS,),
+    "all three": (PRIOR, MASKS),
+}
+"""What is done to keep them apart"""
 SEEDS, STEPS = (0, 1), 300
 CLASS = "a photo of a toy"
 
@@ -65,10 +71,11 @@ def pictures(root: Path) -> None:
 
 def train(root: Path, way: Sequence[str], seed: int, steps: int) -> Path:
     """Train a run of both subjects as it is not yet there."""
-    run = root / f"run-{'-'.join(one.split()[0] for one in way) or 'plain'}-{seed}-{steps}"
+    run = root / f"run-{'-'.join(one.split()[0].strip(':') for one in way) or 'plain'}-{seed}-{steps}"
     tables = []
     for name, trigger in TRIGGERS.items():
-        lines = ["[[concepts]]", f'data = "{root / name}"', f'trigger = "{trigger}"', f'class_prompt = "{CLASS}"']
+        data, word = (DATASETS / name / "pictures", "sks") if SAME in way else (root / name, trigger)
+        lines = ["[[concepts]]", f'data = "{data}"', f'trigger = "{word}"', f'class_prompt = "{CLASS}"']
         tables.append("\n".join([*lines, *([f'masks = "{root / name}-masks"'] if MASKS in way else [])]))
     settings = shelf.settings()["lora-toybox-subject"].read_text()
     (root / f"{run.name}.toml").write_text("\n\n".join([settings, *tables]))

@@ -23,7 +23,8 @@ from finetune.toybox.judge import Judge
 SETTINGS = Slider("a thing", "a red thing", "a blue thing", ("old", "new"), 2.0, target_images=3, target_steps=1)
 WORDS = ["--target", "a thing", "--positive", "a red thing", "--negative", "a blue thing", "--eta", "3"]
 QUICK = ["--target-images", "2", "--target-steps", "1", "--resolution", "64", "--tracker", "none"]
-CASES = [("sdxl", "loha"), ("flux", "lora"), ("sd3", "lokr")]
+CASES = [("sdxl", "loha"), ("flux", "lokr")]
+"""Beside LoRA on SD, which is the fixture `run`"""
 
 
 def train(model: Path, output: Path, *flags: str) -> Path:
@@ -108,7 +109,7 @@ def test_both_signs_are_learned(run: Path, tiny_models: dict[str, Path]) -> None
 
 
 def test_recomputed_activations_are_those_of_the_strength(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    flags = ["--steps", "3", "--batch-size", "2", "--lr", "1e-2"]
+    flags = ["--steps", "2", "--batch-size", "2", "--lr", "1e-2"]
     plain = train(tiny_models["sd"], tmp_path / "plain", *flags)
     spared = train(tiny_models["sd"], tmp_path / "spared", *flags, "--gradient-checkpointing")
     one, two = (weights.load_tensors(made / "adapter.safetensors") for made in (plain, spared))
@@ -124,22 +125,19 @@ def test_samples_show_it_at_its_strengths(run: Path) -> None:
 
 
 def test_strengths_below_zero_are_drawn(run: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    """By `generate` and `grid`: 0 is the base, and the others are pictures of their own."""
+    """By `generate` and `grid`, whose tests have it that 0 is the base."""
     words = ["--model", str(tiny_models["sd"]), "--prompt", "a thing", "--steps", "2"]
     adapter = ["--adapter", str(run / "adapter.safetensors")]
     made = {}
-    for scale in ("-1.5", "0", "1.5"):
+    for scale in ("-1.5", "0"):
         cli.main(["generate", *words, *adapter, "--scale", scale, "--output", str(tmp_path / scale)])
         made[scale] = next((tmp_path / scale).glob("*.png"))
-    cli.main(["generate", *words, "--output", str(tmp_path / "base")])
-    base = next((tmp_path / "base").glob("*.png"))
-    pixels = {name: np.asarray(Image.open(file)).astype(int) for name, file in {**made, "base": base}.items()}
-    assert np.abs(pixels["0"] - pixels["base"]).max() <= 1
-    assert all(np.abs(pixels[a] - pixels[b]).max() > 1 for a, b in (("-1.5", "0"), ("1.5", "0"), ("-1.5", "1.5")))
+    below, none = (np.asarray(Image.open(file)).astype(int) for file in made.values())
+    assert np.abs(below - none).max() > 1
     assert read_settings(made["-1.5"])["adapters"][0]["scale"] == -1.5
     sheet = tmp_path / "grid.png"
-    cli.main(["grid", *words, *adapter, "--scale", "-2", "-1", "0", "1", "2", "--output", str(sheet)])
-    assert Image.open(sheet).width > 5 * 64
+    cli.main(["grid", *words, *adapter, "--scale", "-2", "0", "2", "--output", str(sheet)])
+    assert Image.open(sheet).width > 3 * 64
 
 
 def test_its_header_says_what_it_is(
