@@ -148,3 +148,5 @@ def test_what_is_not_told_is_refused(
     assert "give it that (--init)" in refused(*drawing)
     assert "has none; --picture-guidance" in refused(*drawing, "--init", str(sources / "2.png"), "--strength", "0.3")
     assert "1 or more" in refused(*drawing, "--init", str(sources / "2.png"), "--picture-guidance", "0.5")
+    strip = ["explain", "--model", model, "--prompt", "a", "--output", str(tmp_path / "strip.png")]
+    assert "InstructPix2PixPipeline, which draws from a picture" in refused(*strip)

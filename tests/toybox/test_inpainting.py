@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +58,14 @@ def test_a_mask_covers_its_thing(tmp_path: Path) -> None:
     pixels, inside = np.asarray(hole.picture).astype(int), np.asarray(hole.mask) > 0
     purple = (pixels[..., 2] > pixels[..., 1] + 60) & (pixels[..., 0] > pixels[..., 1] + 40)
     assert purple[inside].sum() > 100 and not purple[~inside].any() and 0.1 < inside.mean() < 0.9
+
+
+@pytest.mark.slow
+def test_masks_are_filled_with_the_subject(tmp_path: Path) -> None:
+    """As docs/inpainting.md has it: the base knows nothing of gizmo, and draws it into masks once it was tuned."""
+    cli.main(["toybox", "inpainting", "--output", str(tmp_path / "made")])
+    cli.main(["toybox", "fill", "--model", str(tmp_path / "made" / "run" / "model"), "--output",
+              str(tmp_path / "filled"), "--steps", "200", "--count", "2"])  # fmt: skip
+    figures = json.loads((tmp_path / "filled" / "figures.json").read_text())
+    base, tuned = (np.mean(figures[what]) for what in ("filled by the base", "filled with its file"))
+    assert base < 0.2 and tuned > base + 0.4
