@@ -260,7 +260,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     return st.none() if hint is type(None) else plain[hint]
 
 
-@hypothesis(deadline=None)
+@hypothesis(deadline=None, max_examples=30)  # each of them is of all settings
 @given(made=values(Config))
 def test_what_is_written_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, made: Config) -> None:
     file = tmp_path_factory.getbasetemp() / "written.toml"

@@ -29,9 +29,12 @@ Load = Callable[[str, Mapping[str, Any]], DiffusionPipeline]
 
 
 def entries(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Entry]]:
-    """The module's tensors by their names in files, adapters merged."""
+    """The module's tensors by their names in files, adapters merged; of tied ones one, as transformers keeps them."""
+    tied = getattr(module, "all_tied_weights_keys", {})
     carriers = {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
     for name, tensor in own_tensors(module).items():
+        if name in tied:
+            continue
         kept = dtype if tensor.is_floating_point() else tensor.dtype
         layer, _, leaf = name.rpartition(".")
         carrier = carriers.get(layer)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ from finetune.settings import Adapter
 
 METHODS = {
     "lora": Adapter("lora", rank=4, alpha=2.0, conv_rank=2),
-    "dora": Adapter("dora", rank=4, alpha=2.0),
+    "dora": Adapter("dora", rank=4, alpha=2.0, conv_rank=2),
     "loha": Adapter("loha", rank=4, alpha=2.0, conv_rank=2),
     "lokr": Adapter("lokr", rank=4, alpha=2.0, conv_rank=2),
     "lokr-1": Adapter("lokr", rank=1, alpha=2.0, factor=2),
@@ -49,6 +51,12 @@ def trained(folder: Path, method: str) -> Family:
             if parameter.requires_grad:
                 parameter.data += 0.2 * keys.normal(tuple(parameter.shape), 0, "test", part, name)
     return family
+
+
+@pytest.fixture(scope="module")
+def base_of(tiny_models: dict[str, Path]) -> Callable[[str], Family]:
+    """A family's base, loaded once. Each test leaves it as it was."""
+    return cache(lambda kind: families.load(Source(str(tiny_models[kind]))))
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in TURNED])
@@ -132,15 +140,18 @@ def test_peft_loads_its_file(kind: str, method: str, tiny_models: dict[str, Path
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["sd3", "flux", "klein", "zimage"])
-def test_transformers_take_every_method(kind: str, method: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_transformers_take_every_method(
+    kind: str, method: str, tiny_models: dict[str, Path], base_of: Callable[[str], Family], tmp_path: Path
+) -> None:
     """Each has a format that holds it, from which a base gets it back; kohya's holds what can be joined there."""
     family, file = trained(tiny_models[kind], method), tmp_path / "a.safetensors"
     export.adapter(family, file, settings={})
     assert formats.format_of(file, load_file(file)) == ("diffusers" if method in ("lora", "dora") else "peft")
-    fresh = families.load(Source(str(tiny_models[kind])))
-    wanted, before = compare.prediction(family), compare.prediction(fresh)
-    export.attach(fresh, file, "one")
-    gap = compare.difference(wanted, compare.prediction(fresh))
+    base = base_of(kind)
+    wanted, before = compare.prediction(family), compare.prediction(base)
+    export.attach(base, file, "one")
+    gap = compare.difference(wanted, compare.prediction(base))
+    export.detach(base, "one")
     assert gap < 1e-5 and gap < 0.01 * compare.difference(wanted, before)
     if kind in ("sd3", "flux") and method == "lora":
         export.adapter(family, file, settings={}, form="kohya")
@@ -248,6 +259,22 @@ def test_commands_take_files_of_all_kinds(
     with pytest.raises(SystemExit):
         cli.main(["convert", str(file), str(tmp_path / "c.safetensors"), "--format", "kohya", "--to-lora", "4"])
     assert "OFT depends on the base's weights. Name the base: --model" in " ".join(capsys.readouterr().err.split())
+
+
+def test_of_a_transformer_the_whole_model_has_the_bases_names(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """T5's tied weights are not there twice, and what was changed can be taken out again. Alpha is told as it is."""
+    model, file, out = tiny_models["flux"], tmp_path / "a.safetensors", tmp_path / "out"
+    export.adapter(trained(model, "loha"), file, settings={})
+    cli.main(["verify", str(file), "--model", str(model)])
+    cli.main(["merge", "--adapter", str(file), "--into-base", "--model", str(model), "--output", str(out)])
+    for part in ("transformer", "text_encoder_2"):
+        [one], [other] = (list((folder / part).glob("*.safetensors")) for folder in (model, out))
+        assert load_file(one).keys() == load_file(other).keys()
+    difference = tmp_path / "b.safetensors"
+    cli.main(["extract", "--model", str(model), "--tuned", str(out), "--rank", "16", "--format", "diffusers",
+              "--precision", "fp32", "--output", str(difference)])  # fmt: skip
+    taken = {layer.name: layer.change() for layer in formats.read(difference)}
+    assert all(torch.allclose(taken[one.name], one.change(), atol=1e-4) for one in formats.read(file))
 
 
 def test_of_what_was_trained_a_whole_model_is_made(tiny_models: dict[str, Path], tmp_path: Path) -> None:

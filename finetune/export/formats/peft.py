@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def entries(adapter: Adapter, family: type[Family], dtype: torch.dtype | None) -
 
 
 def told(adapter: Adapter) -> Adapter:
-    return adapter
+    return replace(adapter, layers=[replace(layer, alpha=None) for layer in adapter])
 
 
 def metadata(adapter: Adapter, family: type[Family]) -> dict[str, str]:
