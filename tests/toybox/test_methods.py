@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +72,9 @@ def test_it_goes_on_where_it_was_stopped_and_tells_whole_rows(
             assert figures == {name: figure["value"] for name, figure in state["figures"].items()}
         assert found["size"] == (run / "adapter.safetensors").stat().st_size
         assert (found["seconds"], found["memory"]) == (2.0, 700_000 * 1024)
+    config, row = methods.Config(out, seeds=(4,), count=1), methods._chosen([ROW])[0]
+    for task in methods.TASKS:
+        assert methods._runs(config, row, task) and not methods._runs(config, replace(row, lr=1.0), task)
     with Image.open(picture) as sheet:
         assert sheet.height > 2 * 192 and sheet.width > 6 * 192
 
