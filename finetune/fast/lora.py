@@ -56,7 +56,7 @@ class _LowRank(Function):
         grads: list[Tensor | None] = []
         for number, (scale, share) in enumerate(ctx.thin):
             down, up = halves[2 * number : 2 * number + 2]
-            trains = wanted[4 + 2 * number]
+            trains = any(wanted[4 + 2 * number : 6 + 2 * number])
             mask, kept = (next(masks), 1 / (1 - share)) if share else (None, 1.0)
             inner = _product(g, up, scale)  # (n, r)
             if trains:
