@@ -237,8 +237,14 @@ def _identity(items: Iterable[Item]) -> str:
         digest = item.example.facts.digest if item.example.facts else ""
         told = [digest, item.example.weight, item.example.repeats, item.captions, [str(view) for view in item.views]]
         told += [item.example.source.facts.digest] if item.example.source and item.example.source.facts else []
+        told += [_bytes(item.example.mask)] if item.example.mask else []
         hashed.update(json.dumps(told).encode())
     return hashed.hexdigest()
+
+
+def _bytes(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cut(file: Path, step: int) -> None:

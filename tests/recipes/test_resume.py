@@ -148,13 +148,21 @@ def test_changed_settings_base_and_data_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, model = tmp_path / "run", shutil.copytree(tiny_models["sd"], tmp_path / "model")
-    begun(model, pictures, run, monkeypatch)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for picture in pictures.glob("*.png"):
+        Image.new("L", Image.open(picture).size, 255).save(masks / picture.name)
+    begun(model, pictures, run, monkeypatch, "--masks", str(masks))
     resume = ["--output", str(run), "--resume"]
     said = refused(capsys, *resume, "--lr", "2e-2", "--sample-every", "2")
     assert "[optim] lr: 0.01, now 0.02" in said and "--allow-changed" in said and "sample_every" not in said
     (pictures / "0.txt").write_text("another caption")
     assert "data: not what it was made with" in refused(capsys, *resume)
     (pictures / "0.txt").write_text("sks dog, red, number 0")
+    white = (masks / "0.png").read_bytes()
+    Image.new("L", Image.open(masks / "0.png").size, 128).save(masks / "0.png")
+    assert "data: not what it was made with" in refused(capsys, *resume)
+    (masks / "0.png").write_bytes(white)
     (model / "scheduler" / "note.txt").write_text("changed")
     assert "base: not what it was made with" in refused(capsys, *resume)
     cli.main(["train", *resume, "--allow-changed", "--lr", "2e-2"])
