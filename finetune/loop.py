@@ -95,6 +95,13 @@ class PictureLoss(nn.Module):
         weights = objective.weights(t, settings)
         return loss if weights is None else loss * weights
 
+    def train(self, mode: bool = True) -> PictureLoss:
+        """Parts of which nothing trains go on as in inference: T5 would drop out what it is given."""
+        super().train(mode)
+        for part in self.parts.values():
+            part.train(mode and any(p.requires_grad for p in part.parameters()))
+        return self
+
     def base(self, batch: Batch, noised: Tensor, wanted: Tensor) -> Tensor:
         """What the frozen base predicts of the wanted pictures (B,) and what they lean to: the weighted sum of its
         answers; zeros for the others. (B, C, h, w)"""

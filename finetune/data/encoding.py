@@ -29,7 +29,6 @@ from finetune.errors import Fault
 from finetune.families import (
     Conditions,
     Family,
-    denoiser,
     encode_sources,
     modules,
     release,
@@ -187,10 +186,12 @@ def encode_texts(family: Family, captions: Sequence[str], store: Store, track: T
 
 
 def release_frozen(family: Family) -> None:
-    """Drop from memory every part of the pipeline that neither trains nor predicts."""
-    for name, part in modules(family).items():
-        if part is not denoiser(family) and not any(p.requires_grad for p in part.parameters()):
-            release(family, name)
+    """Drop from memory every part of the pipeline that neither trains nor predicts. Where a text encoder trains all of
+    them stay: captions are encoded in each step."""
+    parts, texts = modules(family), text_encoders(family)
+    training = {name for name, part in parts.items() if any(p.requires_grad for p in part.parameters())}
+    needed = training | {family.denoiser_name} | (texts.keys() if training & texts.keys() else set())
+    release(family, *(parts.keys() - needed))
 
 
 def _encode_pictures(

@@ -79,6 +79,21 @@ def _step(family: Family) -> None:
     (predicted - objective.target(x0, eps, t)).square().mean().backward()
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+def test_captions_encoded_in_each_step_are_those_encoded_once(
+    kind: str, tiny_models: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    """Where one text encoder trains, those that do not (T5) read the captions beside it, after samples too."""
+    flags = "--steps", "2", "--sample-every", "1", "--sample-steps", "1"
+    frozen = train("lora", tiny_models[kind], pictures, tmp_path / "frozen", *flags)
+    trained = train("lora", tiny_models[kind], pictures, tmp_path / "trained", *flags, "--text-encoder-lr", "1e-8")
+    assert _losses(trained) == pytest.approx(_losses(frozen), rel=1e-5)
+
+
+def _losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("recipe", ["lora", "dreambooth"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(recipe: str, folder: Path, pictures: Path, tmp_path: Path) -> None:
     """Checkpointed in the middle, gone on with, and compared with a run that was never stopped."""
