@@ -10,5 +10,5 @@ import pytest
 
 @pytest.mark.parametrize("page", ["train", "measure", "methods"])
 def test_settings_are_read_without_torch(page):
-    code = f"import sys, finetune.toybox.{page} as page; page.Config(); print('torch' in sys.modules)"
+    code = f"import sys, finetune.toybox.{page} as page; page.Config; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
