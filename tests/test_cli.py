@@ -161,10 +161,8 @@ def test_a_copied_recipe_is_whole_and_never_written_over(
     cli.main(["copy", name, str(copy)])
     assert copy.read_text() == shelf.recipes()[name].read_text()
     mine = shelf.load(str(copy))
-    made = config.parse(mine.Config, ["--data", "d", "--output", "o"], "finetune")
-    assert config.asdict(made) == config.asdict(
-        config.parse(shelf.load(name).Config, ["--data", "d", "--output", "o"], "finetune")
-    )
+    made = config.parse(mine.Config, ["--output", "o"], "finetune")
+    assert config.asdict(made) == config.asdict(config.parse(shelf.load(name).Config, ["--output", "o"], "finetune"))
     copy.write_text("mine")
     assert stopped("copy", name, copy) == 2
     assert copy.read_text() == "mine" and "already" in capsys.readouterr().err
@@ -181,7 +179,7 @@ def test_settings_are_copied_under_either_name(tmp_path: Path) -> None:
 def test_ready_settings_are_understood_by_their_recipe(name: str) -> None:
     recipe = config.recipe_of(shelf.settings()[name])
     assert recipe and name.startswith(f"{recipe}-")
-    words = ["--config", name, "--data", "d", "--output", "o"]
+    words = ["--config", name, "--output", "o"]
     made = config.parse(shelf.load(recipe).Config, words, f"finetune train {recipe}")
     assert made.model.model != "toybox" or "toybox" in name
 
