@@ -58,12 +58,12 @@ class Group:
         return self.start <= step and (self.stop is None or step < self.stop)
 
 
-def check(adapter: Adapter, optim: Optim, model: Model | None = None, accelerator: Accelerator | None = None) -> None:
+def check(adapter: Adapter, optim: Optim, model: Model, accelerator: Accelerator) -> None:
     """Refuse what a method cannot do as it was asked, on that base and engine. Needs no model."""
     methods.check(adapter)
-    if model and model.quantize:
+    if model.quantize:
         methods.require_base(adapter, model.quantize)
-        if accelerator and engine.is_sharding(accelerator):
+        if engine.is_sharding(accelerator):
             raise Fault(
                 f"--quantize {model.quantize}: {engine.running(accelerator)} takes weights apart or casts them, which "
                 "these are not made for. Take several processes without it (torchrun): each holds the whole base."

@@ -56,7 +56,7 @@ def main(config: Config) -> None:
     ft.words.check(words, config.words, examples, config.model, run.accelerator)
     ft.priors.check(config.prior, config.data, examples)
     ft.objective.check(config.loss)
-    ft.adapters.check(config.adapter, config.optim)
+    ft.adapters.check(config.adapter, config.optim, config.model, run.accelerator)
     ft.adapters.check_pivot(config.pivot, config.optim)
     measured = ft.Measured(run, config, examples, held_out)
     run.hold()
@@ -111,4 +111,5 @@ def main(config: Config) -> None:
         file, files = save("adapter.safetensors")
         run.keep_best(training, "adapter.safetensors", save, *names)
         use = f"--adapter {file} --embedding {' '.join(files)}"
-        run.finish(f'finetune generate --model {source.model} {use} --prompt "{prompts[0]}"')
+        said = f'--prompt "{prompts[0]}"{ft.sampling.asks(family)}'
+        run.finish(f"finetune generate --model {source.model} {use} {said}")

@@ -32,7 +32,7 @@ def main(config: Config) -> None:
     run = ft.Run(config, config.output, config.train, config.optim)
     ft.sliders.check(config.slider, config.adapter)
     ft.objective.check(config.loss)
-    ft.adapters.check(config.adapter, config.optim)
+    ft.adapters.check(config.adapter, config.optim, config.model, run.accelerator)
     run.hold()
 
     # The base, frozen. It draws the pictures of the target before anything is added to it.

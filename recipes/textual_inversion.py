@@ -84,4 +84,5 @@ def main(config: Config) -> None:
     if run.leads:
         files = save(names[0])
         run.keep_best(training, names[0], save, *names[1:])
-        run.finish(f'finetune generate --model {source.model} --embedding {" ".join(files)} --prompt "{prompts[0]}"')
+        said = f'--prompt "{prompts[0]}"{ft.sampling.asks(family)}'
+        run.finish(f"finetune generate --model {source.model}{source.flags()} --embedding {' '.join(files)} {said}")
