@@ -85,4 +85,4 @@ def main(config: Config) -> None:
         files = save(names[0])
         run.keep_best(training, names[0], save, *names[1:])
         said = f'--prompt "{prompts[0]}"{ft.sampling.asks(family)}'
-        run.finish(f"finetune generate --model {source.model}{source.flags()} --embedding {' '.join(files)} {said}")
+        run.finish(f"finetune generate --model {source.model} --embedding {' '.join(files)} {said}")

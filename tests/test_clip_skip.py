@@ -139,6 +139,23 @@ def test_a_preview_is_diffusers_picture_with_clip_skip(
     assert np.abs(ours - pixels(Image.open(drawing))).max() <= 1
 
 
+def test_a_word_is_drawn_so_by_its_file_alone(tiny_models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    model, run = str(tiny_models["sd"]), tmp_path / "run"
+    given = ["--model", model, "--data", str(pictures), "--output", str(run), "--tracker", "none", "--no-report"]
+    given += ["--resolution", "64", "--steps", "1", "--lr", "1", "--seed", "5", "--prompt", "sks dog", "--word", "sks"]
+    given += ["--clip-skip", "2", "--sample-every", "1", "--sample-steps", "2", "--sample-guidance", "4"]
+    cli.main(["train", "textual_inversion", *given])
+    words = ["--model", model, "--embedding", str(run / "sks.safetensors"), "--prompt", "sks dog", "--seed", "5"]
+    words += ["--steps", "2", "--guidance", "4", "--size", "64"]
+    drawn = []
+    for name, flags in {"so": [], "last": ["--clip-skip", "1"]}.items():
+        cli.main(["generate", *words, *flags, "--output", str(tmp_path / name)])
+        [drawing] = (tmp_path / name).glob("*.png")
+        drawn.append(pixels(Image.open(drawing)))
+    sample = pixels(Image.open(run / "samples" / "step-000001-0.png"))
+    assert np.abs(sample - drawn[0]).max() <= 1 < np.abs(sample - drawn[1]).max()
+
+
 def test_chunked_captions_train_and_are_drawn_so(
     tiny_models: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

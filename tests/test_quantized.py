@@ -173,6 +173,7 @@ def test_a_preview_is_diffusers_picture_of_its_own_quantised_base(
         ("dreambooth --quantize nf4", "have no gradient"),
         ("lora --quantize nf4 --method loha", "two in a byte. Take --quantize int8, or"),
         ("lora --quantize int8 --method dora", "loses the scales"),
+        ("pivotal --word sks --quantize nf4 --method lokr", "two in a byte"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_a_model_is_loaded(

@@ -111,19 +111,20 @@ def load(config: Drawing) -> Family:
 
 
 def as_trained(config: Drawing) -> Model:
-    """The model, read as the adapters' headers say that they were trained, where the settings say nothing.
+    """The model, read as the headers of adapters and embeddings say that it was, where the settings say nothing.
 
     Raises Fault when they say different things.
     """
     from finetune import weights
     from finetune.export import metadata
 
-    model, headers = config.model, [metadata.own(weights.read_metadata(path)) for path in config.adapter]
+    model, files = config.model, (*config.adapter, *config.embedding)
+    headers = [metadata.own(weights.read_metadata(path)) for path in files]
     for name in ("clip_skip", "text_chunks"):
         told = {header[name] for header in headers if isinstance(header.get(name), int)}
         if len(told) > 1 and getattr(model, name) is None:
             flag = f"--{name.replace('_', '-')}"
-            raise Fault(f"the adapters were trained with {flag} {' and '.join(map(str, sorted(told)))}: say which.")
+            raise Fault(f"the files were trained with {flag} {' and '.join(map(str, sorted(told)))}: say which.")
         if told and getattr(model, name) is None:
             model = replace(model, **{name: told.pop()})
     return model

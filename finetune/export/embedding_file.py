@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,8 @@ def _base(family: Family, source: Source) -> Family:
     encoders: dict[str, Any] = families.text_encoders(family)
     own = {name for part in encoders for name in (part, part.replace("text_encoder", "tokenizer"))}
     lent = {name: part for name, part in family.pipeline.components.items() if name not in own}
-    made: Any = type(family)
-    fresh: Family = made(source.load(next(iter(encoders.values())).dtype, lent))
+    reads: Any = family  # prompts in the same way
+    fresh: Family = replace(reads, pipeline=source.load(next(iter(encoders.values())).dtype, lent))
     for name, encoder in families.text_encoders(fresh).items():
         encoder.requires_grad_(False).eval().to(encoders[name].device)
     return fresh
