@@ -156,11 +156,9 @@ def test_export_brings_the_words_with_the_adapter(
     with pytest.raises(SystemExit) as stop:
         main(["export", str(run), "--format", "single-file", "--output", str(tmp_path / "whole")])
     assert stop.value.code == 2 and "no place for new words" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        main(["publish", str(run), "--repo", "someone/something"])
-    assert stop.value.code == 2 and "taught new words (sks)" in " ".join(capsys.readouterr().err.split())
     page = (run / "report.html").read_text()
     assert f"--embedding {run}/sks.safetensors" in page and "embedding:sks" in page
+    assert f"finetune publish {run}" in page
     main(["inspect", str(run / "adapter.safetensors")])
     assert "goes with sks.safetensors" in capsys.readouterr().out
     main(["inspect", str(run / "sks.safetensors"), "--json"])

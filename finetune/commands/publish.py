@@ -6,12 +6,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from finetune.errors import Fault
 from finetune.publishing.package import Wish
+
+if TYPE_CHECKING:
+    from finetune.publishing.facts import Facts
 
 HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -78,8 +81,10 @@ def main(config: Config) -> None:
     if config.base_model and (told.base or told.embedded):
         raise Fault(f"--base-model {config.base_model}: the run tells its base itself: {told.model}.")
     wish = _wish(config, told.prompts)
-    if config.single_file and told.adapter:
-        raise Fault("--single-file: the run has trained an adapter. `finetune export --format single-file` merges it.")
+    _require_words(told, wish)
+    if config.single_file and not told.whole:
+        what = "an adapter. `finetune export --format single-file` merges it" if told.adapter else "new words alone"
+        raise Fault(f"--single-file: the run has trained {what}.")
     folder = config.output or config.run / "publish"
     if config.yes:
         upload.require_login()
@@ -113,6 +118,17 @@ def _wish(config: Config, prompts: Sequence[str]) -> Wish:
         config.repo, asked, seeds, config.steps, config.guidance, config.size, config.dtype,
         config.base_model, config.license, config.title, config.description, config.single_file,
     )  # fmt: skip
+
+
+def _require_words(facts: Facts, wish: Wish) -> None:
+    """Raises Fault for a new word that no prompt says, and for one whose file would be called as the adapter's."""
+    from finetune import embeddings
+    from finetune.publishing import files
+
+    embeddings.require_used([embeddings.read(path) for path in facts.embeddings], wish.prompts)
+    theirs = {pattern.format(wish.name) for pattern in files.NAMES.values()} if facts.adapter else set()
+    if shared := theirs & {path.name for path in facts.embeddings}:
+        raise Fault(f"--repo {wish.repo}: both the adapter and a new word would be {shared.pop()}. Take another name.")
 
 
 def _texts(wish: Wish, settings: Any) -> dict[str, str]:

@@ -49,11 +49,11 @@ def embeddings(
     unverified = {word: path.with_name(f".unverified-{path.name}") for word, path in files.items()}
     try:
         for word, vectors in (learned or words.vectors(family, list(files))).items():
-            tensors = {name or word: vectors[part] for name, part in _names(family).items()}
+            tensors = {name or word: vectors[part] for name, part in names(family).items()}
             entries = {name: Entry((*one.shape,), one.dtype, _given(one)) for name, one in tensors.items()}
             own = {"modelspec.title": titled or f"{word} ({title})", "modelspec.trigger_phrase": word}
             stream.write(unverified[word], entries, {**told, **own})
-        _verify(family, source, unverified)
+        verify(family, source, unverified)
         for word, path in files.items():
             os.replace(unverified[word], path)
     finally:
@@ -65,13 +65,16 @@ def _given(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor
 
 
-def _names(family: Family) -> dict[str, str]:
-    """What a file calls each text encoder's tensor -> the encoder"""
+def names(family: Family) -> dict[str, str]:
+    """What a file calls each text encoder's tensor ("" is its word) -> the encoder."""
     return dict(zip(family.embedding_names, families.text_encoders(family), strict=True))
 
 
-def _verify(family: Family, source: Source, files: Mapping[str, Path]) -> None:
-    """The base with the files says the same to prompts as the live encoders; adapters of these are left out."""
+def verify(family: Family, source: Source, files: Mapping[str, Path]) -> None:
+    """The base with the files says the same to prompts as the live encoders; adapters of these are left out.
+
+    Raises Failure where it does not.
+    """
     fresh = _base(family, source)
     for word, path in files.items():
         _load(fresh, word, path)
@@ -106,7 +109,7 @@ def _load(family: Family, word: str, path: Path) -> None:
                 pipeline.load_textual_inversion(str(path))
                 return
             encoders, tensors = families.text_encoders(family), load_tensors(path)
-            for (name, part), tokenizer in zip(_names(family).items(), families.tokenizers(family), strict=True):
+            for (name, part), tokenizer in zip(names(family).items(), families.tokenizers(family), strict=True):
                 parts = {"text_encoder": encoders[part], "tokenizer": tokenizer}
                 pipeline.load_textual_inversion(tensors[name], token=word, **parts)
     except (OSError, *DIFFUSERS_FAULTS) as error:

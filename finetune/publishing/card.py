@@ -15,6 +15,8 @@ from finetune.evaluation import tables
 from finetune.publishing.release import Release
 
 TAGS = ("text-to-image", "diffusers")
+EMBEDDING_READERS = ("diffusers", "A1111", "Forge", "ComfyUI", "finetune")
+"""Of the file of a new word"""
 WEBUI = {"A1111": "AUTOMATIC1111", "Forge": "Forge"}
 
 
@@ -48,7 +50,7 @@ def _front(release: Release) -> str:
     data = ModelCardData(
         base_model=release.base,
         base_model_relation=("adapter" if release.adapts else "finetune") if release.base else None,
-        library_name="diffusers" if not release.adapts or release.read_by("diffusers") else None,
+        library_name="diffusers" if not (release.adapts and release.files) or release.read_by("diffusers") else None,
         pipeline_tag="text-to-image",
         instance_prompt=_line(release.words[0]) if release.words else None,
         tags=[*TAGS, *_kinds(release), release.tag, *map(_line, release.tags)],
@@ -61,7 +63,8 @@ def _front(release: Release) -> str:
 
 
 def _page(release: Release) -> Iterator[str]:
-    kind = f"An adapter ({release.kind}) for" if release.adapts else "A fine-tuned"
+    made = "An adapter" if release.files else "Embeddings" if len(release.taught) > 1 else "An embedding"
+    kind = f"{made} ({release.kind}) for" if release.adapts else "A fine-tuned"
     maker = f", by {text(release.author)}" if release.author else ""
     yield f"{kind} {text(release.family)}, trained from {_base(release)}{maker}."
     if release.description:
@@ -71,7 +74,8 @@ def _page(release: Release) -> Iterator[str]:
     yield "## Use it"
     yield from (_with_adapter(release) if release.adapts else _with_model(release))
     yield "## Files"
-    yield table(("file", "for"), [(text(name), ", ".join(use)) for name, use in release.files.items()])
+    readers = {**release.files, **dict.fromkeys(release.embeddings, EMBEDDING_READERS)}
+    yield table(("file", "for"), [(text(name), ", ".join(use)) for name, use in readers.items()])
     if release.strangers:
         yield "Other programs do not read these files rightly:"
         yield table(("program", "why"), [(name, text(reason)) for name, reason in release.strangers.items()])
@@ -84,7 +88,7 @@ def _page(release: Release) -> Iterator[str]:
 
 def _kinds(release: Release) -> list[str]:
     """As the hub's tags have them"""
-    return (release.kind or "dreambooth").lower().split(" and ")
+    return [kind.replace(" ", "_") for kind in (release.kind or "dreambooth").lower().split(" and ")]
 
 
 def _base(release: Release) -> str:
@@ -114,7 +118,8 @@ def _pictures(release: Release) -> Iterator[str]:
     rows = [(f"![{text(one.prompt)}]({one.file})", text(one.prompt), str(one.seed)) for one in release.drawn]
     yield table(("picture", "prompt", "seed"), rows)
     if release.strength:
-        yield f"One prompt and seed at several strengths; 0 is the base alone:\n\n![strengths]({release.strength})"
+        least = "the new words" if release.taught else "the base"
+        yield f"One prompt and seed at several strengths; 0 is {least} alone:\n\n![strengths]({release.strength})"
 
 
 def _with_adapter(release: Release) -> Iterator[str]:
@@ -122,20 +127,27 @@ def _with_adapter(release: Release) -> Iterator[str]:
     prompt = _line(release.drawn[0].prompt)
     if release.embedded:
         yield "**finetune**"
-        command = f"finetune generate --model toybox --adapter {next(iter(release.files))} --prompt"
-        yield fence([f"{command} {shlex.quote(prompt)}"], "sh")
+        given = ["--adapter", next(iter(release.files))] if release.files else []
+        given += ["--embedding", *release.embeddings] if release.taught else []
+        yield fence([shlex.join(["finetune", "generate", "--model", "toybox", *given, "--prompt", prompt])], "sh")
         return
-    if release.base and release.read_by("diffusers"):
+    if release.base and (release.read_by("diffusers") or not release.files):
         yield "**diffusers**"
-        yield fence([*_loaded(release, release.base), f'pipeline.load_lora_weights("{release.repo}")',
-                     *_drawn(release)], "python")  # fmt: skip
+        adapter = [f'pipeline.load_lora_weights("{release.repo}")'] if release.files else []
+        yield fence([*_loaded(release, release.base), *_taught(release), *adapter, *_drawn(release)], "python")
         yield from _scheduler(release)
     if release.base and (file := release.read_by("PEFT")):
         yield "**PEFT**, for diffusers' pipeline"
-        yield fence([*_loaded(release, release.base), *_injected(release.repo, file), *_drawn(release)], "python")
+        lines = [*_loaded(release, release.base), *_taught(release), *_injected(release.repo, file), *_drawn(release)]
+        yield fence(lines, "python")
         yield from _scheduler(release)
     if release.skipped:
         yield f"It was trained with clip skip {release.clip_skip}: set that in your program too."
+    if release.taught:
+        put, said = f"put {text(', '.join(release.embeddings))} into", text(", ".join(release.taught))
+        there = text(", ".join(f"embedding:{word}" for word in release.taught))
+        yield f"**AUTOMATIC1111, Forge**: {put} `embeddings`. Prompts call it by its file's name, {said}: keep that."
+        yield f"**ComfyUI**: {put} `models/embeddings`, and write {there} for {said}."
     if file := release.read_by("ComfyUI"):
         yield f"**ComfyUI**: put {text(file)} into `models/loras`; the node *Load LoRA* loads it."
     webui = [name for name in WEBUI if name in release.files.get(release.main, ())]
@@ -145,6 +157,22 @@ def _with_adapter(release: Release) -> Iterator[str]:
             ".json and .preview.png beside it, and write"
         )
         yield fence([f"{prompt} <lora:{release.name}:1>"], "text")
+
+
+def _taught(release: Release) -> list[str]:
+    """The new words put in: a file of one tensor as it is, of several each to its text encoder."""
+    if [*release.encoders] == [""]:
+        return [
+            f'pipeline.load_textual_inversion("{release.repo}", weight_name="{file}")' for file in release.embeddings
+        ]
+    lines = ["", "from huggingface_hub import hf_hub_download", "from safetensors.torch import load_file", ""]
+    for word, file in zip(release.taught, release.embeddings, strict=True):
+        lines.append(f'words = load_file(hf_hub_download("{release.repo}", "{file}"))')
+        for tensor, part in release.encoders.items():
+            tokenizer = part.replace("text_encoder", "tokenizer")
+            lines += ["pipeline.load_textual_inversion(", f'    words["{tensor}"], token="{word}",',
+                      f"    text_encoder=pipeline.{part}, tokenizer=pipeline.{tokenizer},", ")"]  # fmt: skip
+    return lines if release.taught else []
 
 
 def _injected(repo: str, file: str) -> list[str]:

@@ -19,8 +19,10 @@ from finetune.evaluation.tables import State
 
 ADAPTER, MODEL = "adapter.safetensors", "model"
 """What recipes write: an adapter, or a whole model as a diffusers folder."""
-SPOKEN = ("prompt", "trigger", "template", "class_prompt", "class_word", "sample_prompts", "title", "author",
-          "description", "license", "tags", "target", "positive", "negative", "preserve")  # fmt: skip
+SPOKEN = (
+    *("prompt", "trigger", "template", "class_prompt", "class_word", "sample_prompts", "title", "author"),
+    *("description", "license", "tags", "target", "positive", "negative", "preserve", "word", "init_words"),
+)
 """Settings whose words are told on purpose."""
 TABLE = {
     "steps": "steps",
@@ -33,6 +35,11 @@ TABLE = {
     "conv_rank": "rank of convolutions",
     "init": "begun with",
     "factor": "factor",
+    "vectors": "vectors of a new word",
+    "init_words": "a new word's beginning",
+    "word_lr": "learning rate of new words",
+    "word_until": "share of the steps that these train",
+    "adapter_from": "share of them before the adapter",
     "lr": "learning rate",
     "text_encoder_lr": "learning rate of the text encoders",
     "optimizer": "optimizer",
@@ -68,12 +75,35 @@ class Facts:
         """The adapter; None where a whole model was trained."""
         return self.run / ADAPTER if (self.run / ADAPTER).is_file() else None
 
+    @cached_property
+    def taught(self) -> list[str]:
+        """The new words that text encoders were taught."""
+        return new_words(self.settings)
+
+    @property
+    def embeddings(self) -> list[Path]:
+        """The file of each."""
+        return [self.run / f"{word}{weights.SUFFIX}" for word in self.taught]
+
+    @property
+    def whole(self) -> bool:
+        """Whether a whole model was trained."""
+        return self.adapter is None and not self.taught
+
     @property
     def result(self) -> list[Path]:
         """The files of what was trained."""
-        if self.adapter is not None:
-            return [self.adapter]
-        return sorted(path for path in (self.run / MODEL).rglob("*") if path.is_file())
+        if self.whole:
+            return sorted(path for path in (self.run / MODEL).rglob("*") if path.is_file())
+        return [*([self.adapter] if self.adapter else []), *self.embeddings]
+
+    @property
+    def lost(self) -> list[str]:
+        """What was trained and is not there."""
+        if not self.taught:
+            return [] if self.result else [f"neither {ADAPTER} nor {MODEL}"]
+        adapter = [self.run / ADAPTER] if "adapter" in self.settings else []
+        return [f"no {file.name}" for file in (*adapter, *self.embeddings) if not file.is_file()]
 
     @property
     def concepts(self) -> list[Mapping[str, Any]]:
@@ -82,7 +112,9 @@ class Facts:
 
     @property
     def words(self) -> list[str]:
-        """The triggers, or else the prompts that stand for all captions."""
+        """The new words, or the triggers, or else the prompts that stand for all captions."""
+        if self.taught:
+            return self.taught
         for name in ("trigger", "prompt"):
             if words := [str(one[name]) for one in self.concepts if one.get(name)]:
                 return list(dict.fromkeys(words))
@@ -90,9 +122,13 @@ class Facts:
 
     @property
     def prompts(self) -> list[str]:
-        """What the run drew its samples of, or was trained with."""
-        drawn = self.flat.get("sample_prompts") or [one["prompt"] for one in self.concepts if one.get("prompt")]
-        return list(dict.fromkeys(map(str, drawn))) or self.words or [self.slider["target"]] * bool(self.slider)
+        """What the run drew its samples of, or was trained with; of new words each is said, and none goes without."""
+        asked = self.flat.get("sample_prompts") or [one["prompt"] for one in self.concepts if one.get("prompt")]
+        drawn = list(dict.fromkeys(map(str, asked)))
+        if self.taught:
+            drawn = [prompt for prompt in drawn if any(word in prompt for word in self.taught)]
+            return [*drawn, *(word for word in self.taught if not any(word in prompt for prompt in drawn))]
+        return drawn or self.words or [self.slider["target"]] * bool(self.slider)
 
     @property
     def slider(self) -> Mapping[str, Any]:
@@ -128,8 +164,8 @@ class Facts:
 
     @cached_property
     def header(self) -> dict[str, str]:
-        """What the adapter's file says of itself."""
-        return weights.read_metadata(self.adapter) if self.adapter else {}
+        """What the adapter's file, or a new word's, says of itself."""
+        return {} if self.whole else weights.read_metadata(self.result[0])
 
     @property
     def training(self) -> dict[str, str]:
@@ -183,13 +219,8 @@ def read(run: Path) -> Facts:
     facts = Facts(
         run, tomllib.loads((run / ledger.SETTINGS).read_text(encoding="utf-8")), tuple(_log(run / ledger.LOG))
     )
-    if words := new_words(facts.settings):
-        raise Fault(
-            f"{run}: it taught new words ({', '.join(words)}), which a published page does not bring yet. "
-            f"`finetune export {run} --format all --output files` writes all that belongs together."
-        )
-    if not facts.result:
-        raise Fault(f"{run}: what was trained is not there any more: neither {ADAPTER} nor {MODEL}.")
+    if facts.lost:
+        raise Fault(f"{run}: what was trained is not there any more: {', '.join(facts.lost)}.")
     return facts
 
 

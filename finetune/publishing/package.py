@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,10 @@ from finetune.evaluation import tables
 from finetune.publishing.facts import MODEL, Facts
 
 if TYPE_CHECKING:
-    from finetune.families import Family
+    from finetune.families import Family, Source
     from finetune.publishing.drawing import Track
     from finetune.publishing.files import Files
+    from finetune.publishing.release import Release
 
 CARD, CHECKSUMS, RECORD = "README.md", "checksums.txt", ".publish.json"
 """The record of what the folder was made of stays here."""
@@ -99,26 +100,28 @@ def files(folder: Path) -> list[Path]:
     return [*found, folder / CHECKSUMS]
 
 
-def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
+def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Release:
     """Weights, pictures and sidecars. Returns what the card is made of."""
     from finetune import engine, families, sampling
+    from finetune.export import embedding_file
     from finetune.families import TakesTokens
     from finetune.publishing import drawing, sidecar
     from finetune.publishing.release import Release
 
-    table = facts.settings["model"] if facts.adapter else {
+    table = {
         "model": str(facts.run / MODEL), "clip_skip": facts.flat.get("clip_skip"),
         "text_chunks": facts.flat.get("text_chunks"),
-    }  # fmt: skip
+    } if facts.whole else facts.settings["model"]  # fmt: skip
     source = families.Source(**table)
     family = families.load(source, engine.dtype("auto"), engine.device())
-    from_noise = bool(facts.adapter and facts.flat.get("zero_terminal_snr"))
+    from_noise = bool(not facts.whole and facts.flat.get("zero_terminal_snr"))
     if from_noise:
         sampling.begin_at_noise(family)
+    _word_files(folder, facts, family, source)
     written = _adapter_files(folder, wish, facts, family) if facts.adapter else None
     drawn_with = folder / written.shown if written else None
     brush = drawing.Brush(
-        family, facts.model if facts.adapter else wish.repo, table.get("revision"), drawn_with,
+        family, wish.repo if facts.whole else facts.model, table.get("revision"), drawn_with,
         wish.steps, wish.guidance, wish.size, from_noise, source.how(),
     )  # fmt: skip
     drawn = drawing.samples(brush, folder, wish.prompts, wish.seeds, track)
@@ -128,10 +131,12 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
     edition = family.edition()
     known = family.condition_shapes()["text"][-1] == edition.width
     given = facts.flat
+    kinds = [*([written.kind] if written else []), *(["textual inversion"] if facts.taught else [])]
+    readers = written.readers if written else {}
     release = Release(
         repo=wish.repo,
         title=wish.title or given.get("title") or wish.name,
-        kind=written.kind if written else None,
+        kind=" and ".join(kinds) or None,
         base=wish.base or facts.base,
         revision=given.get("revision"),
         family=edition.title,
@@ -140,7 +145,9 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
         webui=edition.webui if known else "Unknown",
         words=facts.words,
         license=_license(wish.license or given.get("license"), wish.base or facts.base),
-        files=written.readers if written else _model_files(folder, wish, facts, family),
+        files=_model_files(folder, wish, facts, family) if facts.whole else readers,
+        taught=facts.taught,
+        encoders=embedding_file.names(family) if facts.taught else {},
         strangers=written.strangers if written else {},
         left=written.left if written else {},
         drawn=drawn,
@@ -159,10 +166,33 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Any:
         clip_skip=source.clip_skip,
         skipped=source.clip_skip - family.own_layer if source.clip_skip and isinstance(family, TakesTokens) else 0,
     )
-    if written and release.main in written.readers:
-        shutil.copy(folder / drawn[0].file, folder / f"{wish.name}.preview.png")
-        sidecar.write(folder, release, folder / release.main)
+    if release.main in readers:
+        _sidecars(folder, release, release.main, sidecar.ADAPTER, release.words)
+    for word, name in zip(release.taught, release.embeddings, strict=True):
+        _sidecars(folder, release, name, sidecar.EMBEDDING, [word])
     return release
+
+
+def _sidecars(folder: Path, release: Release, name: str, kind: str, words: Sequence[str]) -> None:
+    """Beside the file `name`, with the first picture that says one of its words."""
+    from finetune.publishing import sidecar
+
+    said = (one for one in release.drawn if any(word in one.prompt for word in words))
+    shutil.copy(folder / next(said, release.drawn[0]).file, (folder / name).with_suffix(".preview.png"))
+    sidecar.write(release, folder / name, kind, words)
+
+
+def _word_files(folder: Path, facts: Facts, family: Family, source: Source) -> None:
+    """The run's embeddings, as they are: put on the model, and the copies loaded as diffusers does it and compared."""
+    from finetune import embeddings
+    from finetune.export import embedding_file
+
+    copies = {word: folder / file.name for word, file in zip(facts.taught, facts.embeddings, strict=True)}
+    for copy, file in zip(copies.values(), facts.embeddings, strict=True):
+        shutil.copy(file, copy)
+        embeddings.put_on(family, embeddings.read(file))
+    if copies:
+        embedding_file.verify(family, source, copies)
 
 
 def _adapter_files(folder: Path, wish: Wish, facts: Facts, family: Family) -> Files:

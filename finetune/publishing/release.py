@@ -23,7 +23,7 @@ class Release:
     """user/name on the hub"""
     title: str
     kind: str | None
-    """Of adapter: LoRA, DoRA, ...; None: a whole model is published."""
+    """Of adapter: LoRA, DoRA, ..., or of new words; None: a whole model is published."""
     base: str | None
     """The base's hub name, where it has one"""
     revision: str | None
@@ -43,6 +43,10 @@ class Release:
     drawn: Sequence[Drawn]
     drawing: Mapping[str, str]
     """How the pictures were drawn"""
+    taught: Sequence[str] = ()
+    """New words, each with a file that is called by it"""
+    encoders: Mapping[str, str] = field(default_factory=dict)
+    """What such a file calls its tensor for each text encoder ("" is the word) -> the encoder"""
     strangers: Mapping[str, str] = field(default_factory=dict)
     """Programs that read none of them, and why"""
     left: Mapping[str, str] = field(default_factory=dict)
@@ -81,6 +85,11 @@ class Release:
     def read_by(self, *programs: str) -> str | None:
         """The first file that one of these reads."""
         return next((file for file, readers in self.files.items() if set(programs) & set(readers)), None)
+
+    @property
+    def embeddings(self) -> Sequence[str]:
+        """The files of the new words."""
+        return [f"{word}.safetensors" for word in self.taught]
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""What model browsers read beside NAME.safetensors: trigger words, base and hashes.
+"""What model browsers read beside NAME.safetensors, an adapter or a new word: trigger words, base and hashes.
 
 NAME.json is AUTOMATIC1111's and Forge's (extensions-builtin/Lora, ui_edit_user_metadata.py). NAME.civitai.info has the
 fields of a model version of Civitai's interface (https://developer.civitai.com), without the numbers that the site
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,29 @@ from finetune import disk
 from finetune.export import hashes
 from finetune.publishing.release import Release
 
-
-def write(folder: Path, release: Release, weights: Path) -> None:
-    """Both files, beside the adapter `weights`."""
-    for ending, told in ((".json", _webui(release)), (".civitai.info", _site(release, weights))):
-        disk.write_text(folder / f"{release.name}{ending}", json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+ADAPTER, EMBEDDING = "LORA", "TextualInversion"
+"""Civitai's names for what a file is"""
 
 
-def _webui(release: Release) -> dict[str, Any]:
+def write(release: Release, weights: Path, kind: str, words: Sequence[str]) -> None:
+    """Both files, beside `weights`, which `words` call."""
+    told = {".json": _webui(release, words), ".civitai.info": _site(release, weights, kind, words)}
+    for ending, content in told.items():
+        disk.write_text(weights.with_suffix(ending), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _webui(release: Release, words: Sequence[str]) -> dict[str, Any]:
     return {
         "description": release.description or release.title,
         "sd version": release.webui,
-        "activation text": ", ".join(release.words),
+        "activation text": ", ".join(words),
         "preferred weight": 1,
         "negative text": "",
         "notes": f"https://huggingface.co/{release.repo}",
     }
 
 
-def _site(release: Release, weights: Path) -> dict[str, Any]:
+def _site(release: Release, weights: Path, kind: str, words: Sequence[str]) -> dict[str, Any]:
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest().upper()
     tensors = hashes.of_file(weights)["sshs_model_hash"].upper()
@@ -42,10 +47,10 @@ def _site(release: Release, weights: Path) -> dict[str, Any]:
         "id": "",
         "modelId": "",
         "name": release.title,
-        "trainedWords": list(release.words),
+        "trainedWords": list(words),
         "baseModel": release.site,
         "description": release.description or "",
-        "model": {"name": release.title, "type": "LORA", "nsfw": False, "poi": False},
+        "model": {"name": release.title, "type": kind, "nsfw": False, "poi": False},
         "files": [
             {
                 "name": weights.name,

@@ -102,11 +102,8 @@ def uses(facts: Facts) -> Iterator[Use]:
         yield Use("Draw", "", shell("generate", *given, "--prompt", said, "--output", "pictures"))
     if new:
         yield from _embeddings(new, model)
-    if alone or (new and file is None):
-        return
-    yield from _elsewhere(facts, model, said, file, step, whole)
-    if new:
-        return
+    if not (alone or (new and file is None)):
+        yield from _elsewhere(facts, model, said, file, step, whole)
     yield Use("Publish", "Makes a folder with card and pictures, and sends nothing yet.",
               shell("publish", run, "--repo", "USER/NAME"))  # fmt: skip
 

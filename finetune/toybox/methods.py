@@ -47,7 +47,7 @@ class Row:
     recipe: str
     lr: float
     settings: str = FROZEN
-    """What else it says on the command line"""
+    """What else it says on the command line; `{word}` stands for what its task says of a new word"""
     prior: bool = True
     """Whether its recipe preserves a prior"""
 
@@ -60,13 +60,17 @@ ROWS = (
     Row("LoHa, rank 8", "lora", 0.01, f"{FROZEN} --method loha --rank 8"),
     Row("LoKr, rank 16", "lora", 0.02, f"{FROZEN} --method lokr --rank 16"),
     Row("OFT, blocks of 16", "lora", 0.003, f"{FROZEN} --method oft --rank 16"),
+    Row("BOFT, blocks of 16, 2 butterflies", "lora", 0.003, f"{FROZEN} --method boft --rank 16 --butterflies 2"),
     Row("(IA)3", "lora", 0.1, f"{FROZEN} --method ia3"),
     Row("all of the UNet", "dreambooth", 0.0003),
     Row("its attention", "dreambooth", 0.001, f"{FROZEN} --parts attention"),
     Row("its keys and values of the text", "dreambooth", 0.003, f"{FROZEN} --parts kv"),
     Row("its norms", "dreambooth", 0.01, f"{FROZEN} --parts norm"),
+    Row("textual inversion, 4 vectors", "textual_inversion", 0.01, "{word} --vectors 4", prior=False),
+    Row("pivotal tuning, rank 16", "pivotal", 0.005, f"{FROZEN} {{word}} --vectors 4 --word-lr 0.01 --rank 16"),
 )
-"""Rates from seed 9: LoRA's loss is higher at two fifths and at twice its rate, OFT's and (IA)3's at three times"""
+"""Rates from seed 9: LoRA's loss is higher at two fifths and at twice its rate, OFT's and (IA)3's at three times. BOFT
+has OFT's rate, the last two those of the words' ready settings and of LoRA."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Task:
     train: str
     prior: str
     """Of recipes that preserve one"""
+    word: str
+    """Of recipes that teach a new word"""
     protocol: str
     apart: str
     """What the table calls its class drift"""
@@ -87,14 +93,16 @@ class Task:
 
 CLASSES = "--class-images 24 --class-steps 20 --class-guidance 4 --class-prompt"
 TASKS = (
-    Task("gizmo", "subject", 150, "--batch-size 2", f"{CLASSES} 'a photo of a toy'", "short", "class drift"),
+    Task("gizmo", "subject", 150, "--batch-size 2", f"{CLASSES} 'a photo of a toy'",
+         "--word sks --init-words toy", "short", "class drift"),
     Task(
         "neon", "style", 60, "--batch-size 2",
         f"{CLASSES} 'a photo of a house' 'a cartoon of a cat' 'a photo of a rocket in a meadow' "
-        "'a cartoon of a mushroom under water'", "style", "leak into other prompts",
+        "'a cartoon of a mushroom under water'", "--trigger glow --init-words neon", "style", "leak into other prompts",
     ),
 )  # fmt: skip
-"""The style's class are other pictures: without, toybox draws all in neon before it draws neon well"""
+"""The style's class are other pictures: without, toybox draws all in neon before it draws neon well. Its captions say
+"neon", which toybox's text encoder knows: the word that it is taught stands before them, "glow, a neon sign of ..."."""
 WARMING = Row("warm", "lora", 0.0001)
 """A training of one step, after which class pictures are drawn and pictures encoded: no row pays for that"""
 SHOWN = {"gizmo": ("subject-01", "subject-03", "class-01"), "neon": ("subject-01", "subject-03", "unrelated-01")}
@@ -171,7 +179,8 @@ def _place(config: Config, row: Row, task: Task, seed: int) -> Path:
 def _training(row: Row, task: Task, seed: int, steps: int) -> list[str]:
     """What `finetune train` is told beside its folders: what is the same for all, then the task's, then the row's."""
     prior = task.prior if row.prior else ""
-    told = f"{TRAIN} --seed {seed} --steps {steps} {task.train} {prior} --lr {row.lr:g} {row.settings}"
+    own = row.settings.format(word=task.word)
+    told = f"{TRAIN} --seed {seed} --steps {steps} {task.train} {prior} --lr {row.lr:g} {own}"
     return [row.recipe, *shlex.split(told)]
 
 

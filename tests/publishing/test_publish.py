@@ -25,7 +25,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from finetune import families, weights
+from finetune import embeddings, families, weights
 from finetune.cli import main
 from finetune.evaluation.tables import Figure, State, Table, to_json
 from finetune.export import attach, formats
@@ -241,6 +241,85 @@ def test_of_every_method_there_is_what_a_program_reads(
         assert gap < 2e-3 and gap < 0.1 * difference(before, prediction(ours))
         if ours.trained_text_encoders and "--text-encoder-lr" in flags:
             assert difference(encoding(ours), encoding(theirs)) < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "flags", "made", "programs"),
+    [
+        ("textual_inversion", "sdxl", [], "An embedding (textual inversion)", 3),
+        ("pivotal", "sd", ["--no-prior", "--rank", "4", "--word-lr", "1e-1", "--text-encoder-lr", "1e-3"],
+         "An adapter (LoRA and textual inversion)", 5),
+    ],
+)  # fmt: skip
+def test_new_words_are_published_as_programs_load_them(
+    recipe: str, kind: str, flags: list[str], made: str, programs: int, run: Path, tiny_models: dict[str, Path],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str],
+) -> None:  # fmt: skip
+    """With the adapter, where there is one. Pictures are drawn with them; the card's lines load what was trained."""
+    mine, word = tmp_path / "run", "houseness"
+    main(["train", recipe, "--model", str(tiny_models[kind]), "--data", str(run.parent / "Zuhause"), "--word", word,
+          "--prompt", f"a photo of {word}", "--steps", "2", "--lr", "1e-1", "--tracker", "none", "--resolution", "64",
+          "--output", str(mine), *flags])  # fmt: skip
+    ask = ["publish", str(mine), "--repo", REPO, *DRAW, "--base-model", "a/b"]
+    assert "Its word is" in refused([*ask, "--prompt", "a house"])
+    if flags:
+        assert f"would be {word}.safetensors" in refused([f"mary/{word}" if part == REPO else part for part in ask])
+    main(ask)
+    folder, file = mine / "publish", mine / f"{word}.safetensors"
+    published = folder / file.name
+    assert published.read_bytes() == file.read_bytes()
+    adapter = folder / "pytorch_lora_weights.safetensors"
+    assert adapter.exists() == (folder / "images" / "strength.png").exists() == bool(flags)
+    site = json.loads((folder / f"{word}.civitai.info").read_text())
+    assert (site["model"]["type"], site["trainedWords"]) == ("TextualInversion", [word])
+    assert site["files"][0]["name"] == published.name
+    assert json.loads((folder / f"{word}.json").read_text())["activation text"] == word
+    assert f"  {published.name}\n" in (folder / "checksums.txt").read_text()
+
+    drawn = [
+        "generate",
+        "--model",
+        str(tiny_models[kind]),
+        "--embedding",
+        str(published),
+        "--seed",
+        "0",
+        "--size",
+        "64",
+    ]
+    drawn += ["--adapter", str(adapter)] * bool(flags) + ["--steps", "1", "--guidance", "5", "--output"]
+    main([*drawn, str(tmp_path / "drawn"), "--prompt", f"a photo of {word}"])
+    [picture] = (tmp_path / "drawn").glob("*.png")
+    shown = [Image.open(one).tobytes() for one in (picture, folder / "images" / "01-seed0.png")]
+    assert shown[0] == shown[1] == Image.open(folder / f"{word}.preview.png").tobytes()
+
+    card = ModelCard.load(folder / "README.md")
+    page = Page(MarkdownIt("commonmark", {"html": True}).enable("table").render(card.text))
+    assert made in page.text and page.elements.count("strong") == programs
+    assert {"textual_inversion", *(["lora"] if flags else [])} <= set(card.data.tags)
+    assert (card.data.instance_prompt, card.data.base_model_relation) == (word, "adapter")
+    assert (
+        f"models/embeddings, and write embedding:{word} for {word}." in page.text
+        and "vectors of a new word\n4" in page.text
+    )
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file: str(folder / file))
+    lines = page.text.partition('pipeline.to("cuda")\n')[2].partition("picture =")[0].replace(REPO, str(folder))
+    pipeline = DiffusionPipeline.from_pretrained(tiny_models[kind])
+    exec(lines, {"pipeline": pipeline})
+    ours = families.load(families.Source(str(tiny_models[kind])))
+    before = prediction(ours)
+    embeddings.put_on(ours, embeddings.read(file))
+    if flags:
+        attach(ours, mine / "adapter.safetensors", "ours")
+    asked, theirs = [f"a photo of {word}"], families.wrap(pipeline)
+    with torch.no_grad():
+        for name, told in ours.encode_prompts(asked).items():
+            assert difference(told, theirs.encode_prompts(asked)[name]) < 2e-3
+    assert difference(prediction(ours), prediction(theirs)) < 2e-3
+    assert (difference(before, prediction(ours)) > 2e-2) == bool(flags), "the adapter's"
+
+    file.unlink()
+    assert f"not there any more: no {file.name}" in refused(ask)
 
 
 def test_a_whole_model_is_published_as_diffusers_loads_it(

@@ -10,10 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 from PIL import Image
 
-from finetune import cli
+from finetune import cli, config, data, shelf, words
 from finetune.errors import Failure, Stopped
+from finetune.evaluation import prompts
+from finetune.settings import Model, Prior
 from finetune.toybox import methods
 
 DATASETS = Path(__file__).resolve().parents[2] / "datasets"
@@ -77,6 +80,23 @@ def test_it_goes_on_where_it_was_stopped_and_tells_whole_rows(
         assert methods._runs(config, row, task) and not methods._runs(config, replace(row, lr=1.0), task)
     with Image.open(picture) as sheet:
         assert sheet.height > 2 * 192 and sheet.width > 6 * 192
+
+
+@pytest.mark.parametrize("row", methods.ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("task", methods.TASKS, ids=lambda task: task.name)
+def test_each_row_is_a_command_line_of_its_recipe(row: methods.Row, task: methods.Task, tmp_path: Path) -> None:
+    recipe, *told = methods._training(row, task, 1, task.steps)
+    folders = ["--data", str(DATASETS / task.name / "pictures"), "--output", str(tmp_path / "run")]
+    made = config.parse(shelf.load(recipe).Config, [*told, *folders], "finetune")
+    assert made.optim.lr == row.lr and made.optim.text_encoder_lr is None
+    taught = config.new_words(config.asdict(made))
+    assert bool(taught) == ("{word}" in row.settings)
+    for word in taught:  # new to the base, in all captions, and in what is asked of the run
+        examples, _ = data.read(made.data, made.captions, 1)
+        words.check([word], made.words, examples, Model(), Accelerator())
+        [subject] = prompts.subjects(made.data, Prior(), examples, prompts.Asked(), task.protocol, "toybox")
+        assert all(word in said for said in (*subject.prompts, *(one.captions[0] for one in examples)))
+        assert not any(word in said or "neon" in said for said in subject.plain)
 
 
 def test_a_command_is_measured_and_a_failed_one_said(tmp_path: Path) -> None:
