@@ -151,7 +151,9 @@ def _style(captions: Sequence[str], asked: Asked, model: str) -> Subject:
     words = " ".join(around.replace(THING, " ").split()).strip(" ,")
     things = STYLED_TOYBOX if model == EMBEDDED else STYLED
     prompts = asked.prompt or tuple(around.replace(THING, thing) for thing in things)
-    return Subject(words, prompts, tuple(plain(one, words, None).strip(" ,") for one in prompts), None, style=True)
+    before, after = (side.strip(" ,") for side in around.split(THING, 1))
+    bare = tuple(plain(plain(one, before, None), after, None).strip(" ,") for one in prompts)
+    return Subject(words, prompts, bare, None, style=True)
 
 
 def _around(captions: Sequence[Sequence[str]]) -> str:

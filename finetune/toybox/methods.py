@@ -66,11 +66,11 @@ ROWS = (
     Row("its attention", "dreambooth", 0.001, f"{FROZEN} --parts attention"),
     Row("its keys and values of the text", "dreambooth", 0.003, f"{FROZEN} --parts kv"),
     Row("its norms", "dreambooth", 0.01, f"{FROZEN} --parts norm"),
-    Row("textual inversion, 4 vectors", "textual_inversion", 0.01, "{word} --vectors 4", prior=False),
-    Row("pivotal tuning, rank 16", "pivotal", 0.005, f"{FROZEN} {{word}} --vectors 4 --word-lr 0.01 --rank 16"),
+    Row("textual inversion, 4 vectors", "textual_inversion", 0.003, "{word} --vectors 4", prior=False),
+    Row("pivotal tuning, rank 16", "pivotal", 0.005, f"{FROZEN} {{word}} --vectors 4 --word-lr 0.003 --rank 16"),
 )
 """Rates from seed 9: LoRA's loss is higher at two fifths and at twice its rate, OFT's and (IA)3's at three times. BOFT
-has OFT's rate, the last two those of the words' ready settings and of LoRA."""
+has OFT's rate. A word's likeness there is .54 at .003, .45 at .01; pivotal tuning has this rate and LoRA's."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,14 @@ TASKS = (
     Task(
         "neon", "style", 60, "--batch-size 2",
         f"{CLASSES} 'a photo of a house' 'a cartoon of a cat' 'a photo of a rocket in a meadow' "
-        "'a cartoon of a mushroom under water'", "--trigger glow --init-words neon", "style", "leak into other prompts",
+        "'a cartoon of a mushroom under water'",
+        "--trigger glow --template '{caption} {trigger}' --init-words cartoon", "style", "leak into other prompts",
     ),
 )  # fmt: skip
 """The style's class are other pictures: without, toybox draws all in neon before it draws neon well. Its captions say
-"neon", which toybox's text encoder knows: the word that it is taught stands before them, "glow, a neon sign of ..."."""
+"neon", which toybox's text encoder knows: the word that it is taught stands behind them, "a neon sign of a car glow".
+In front of them it drowned what they show (pivotal tuning at seed 9: prompt score .10 for .47), as CLIP reads from left
+to right."""
 WARMING = Row("warm", "lora", 0.0001)
 """A training of one step, after which class pictures are drawn and pictures encoded: no row pays for that"""
 SHOWN = {"gizmo": ("subject-01", "subject-03", "class-01"), "neon": ("subject-01", "subject-03", "unrelated-01")}

@@ -78,6 +78,12 @@ def test_a_style_has_no_class() -> None:
         (["a neon sign of a red car", "a neon sign of an owl"], NOTHING, "a neon sign of a cat", "a neon sign of"),
         (["neonart, a red car", "neonart, a house"], NOTHING, "neonart, a cat", "neonart"),
         (["a car in neon style", "two owls in neon style"], NOTHING, "a cat in neon style", "in neon style"),
+        (
+            ["a sign of a car in neon", "a sign of owls in neon"],
+            NOTHING,
+            "a sign of a cat in neon",
+            "a sign of in neon",
+        ),
         (["a car", "two owls"], Asked(subject="{} as neonart"), "a cat as neonart", "as neonart"),
         (["a car", "two owls"], Asked(subject="neonart"), "neonart a cat", "neonart"),
     ],
