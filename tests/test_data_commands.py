@@ -239,10 +239,16 @@ def test_a_model_that_is_not_here_is_said_and_captions_judged_by_their_words(
     assert cut.count("word") == 15, "75 of 90 words are read at most"
 
 
-@pytest.mark.parametrize("name", shelf.settings())
+@pytest.mark.parametrize("name", [name for name in shelf.settings() if not name.startswith("slider")])
 def test_ready_settings_can_be_given(name: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, report, _ = checked(capsys, photos, "--config", name, "--max-upscale", "20")
     assert status == 0 and report["recommendation"], report["findings"]
+
+
+def test_a_sliders_settings_have_no_data(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "check", str(photos), "--config", "slider-toybox-attribute"])
+    assert stop.value.code == 2 and "a slider's, which is trained without pictures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", ["lora", "dreambooth", "textual_inversion", "pivotal"])

@@ -23,6 +23,7 @@ from finetune.settings import (
     Pivot,
     Prior,
     Samples,
+    Slider,
     Train,
     Words,
 )
@@ -42,6 +43,7 @@ class Reading:
     prior: Annotated[Prior, Suppress] = field(default_factory=Prior)
     words: Annotated[Words, Suppress] = field(default_factory=Words)
     pivot: Annotated[Pivot, Suppress] = field(default_factory=Pivot)
+    slider: Annotated[Slider, Suppress] = field(default_factory=Slider)
     adapter: Annotated[Adapter, Suppress] = field(default_factory=Adapter)
     full: Annotated[Full, Suppress] = field(default_factory=Full)
     optim: Annotated[Optim, Suppress] = field(default_factory=Optim)
@@ -50,7 +52,9 @@ class Reading:
     measure: Annotated[Measure, Suppress] = field(default_factory=Measure)
 
     def chosen(self) -> Data:
-        """The data that the positional FOLDER or the settings name. Raises Fault for both, and for none."""
+        """The data that the positional FOLDER or the settings name. Raises Fault for both, none, and a slider."""
+        if self.slider != Slider():
+            raise Fault("the settings are a slider's, which is trained without pictures: there is nothing to look at.")
         if self.folder is not None and (self.data.data is not None or self.data.concepts):
             raise Fault(f"{self.folder}: the settings name data too. Give the one or the other.")
         if self.folder is None and self.data.data is None and not self.data.concepts:

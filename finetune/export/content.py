@@ -113,8 +113,10 @@ class Layer:
 
     def entry(self, tensor: str, shape: tuple[int, ...], dtype: torch.dtype | None, times: float = 1.0) -> Entry:
         """One of its tensors to be written: in another shape and precision (default: its own), multiplied."""
-        own = self.load(tensor).dtype
-        kept = dtype if dtype is not None and own.is_floating_point else own
+        kept = dtype
+        if kept is None or not shape:  # a flag is a scalar, and stays what it is
+            own = self.load(tensor).dtype
+            kept = kept if kept is not None and own.is_floating_point else own
 
         def make() -> Tensor:
             made = self.load(tensor)

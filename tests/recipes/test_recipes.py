@@ -55,12 +55,12 @@ FAST = {
     *((kind, "dreambooth", "bf16") for kind in KINDS),
     *(("sdxl", "lora --conv-rank 2", "fp32"), ("sd3", "lora --method loha", "fp32")),
     *(("flux", "lora --method boft", "fp32"), ("klein", "lora --method dora", "fp32")),
-    *(("zimage", "lora --init pissa", "fp32"), ("zimage", "lora --quantize nf4", "fp32")),
+    *(("zimage", "lora --init pissa", "fp32"), ("sdxl", "pivotal", "fp32")),
     *(("flux", "lora --quantize nf4", "bf16"), ("sd3", "lora --quantize int8", "fp32")),
-    *(("klein", "lora --method oft --quantize int8", "fp32"), ("sdxl", "pivotal", "fp32")),
 }
 """All methods of one family, and one method of each; the rest is slow. `test_methods_in_files` has each of each."""
 SLOWER = {("zimage", name, "fp32") for name in FLAGS}
+SLOWER |= {("sdxl", "pivotal", "fp32")}
 """What these few steps change little at the rates above; and all that is not fast"""
 LITTLE = {"textual_inversion": 0.9999, "pivotal --method loha": 0.995}
 """To which share the loss falls where words that a random text encoder reads are all that trains, or most of it"""
