@@ -104,9 +104,10 @@ def plain(family: Family, text: str) -> Prompt:
 def conditions(family: Family, prompts: Sequence[str]) -> Conditions:
     """What the denoiser is told of these, without marks: in one chunk as diffusers cuts them, or in the family's number
     of chunks, what is longer being cut and what is shorter filled up. Gradients flow as in `Family.encode_prompts`."""
-    if not isinstance(family, TakesTokens) or family.chunks == 1:
+    chunks = families.chunks(family)
+    if chunks == 1:
         return family.encode_prompts(prompts)
-    told = _stacked([_encoded(family, plain(family, prompt), family.chunks) for prompt in prompts])
+    told = _stacked([_encoded(family, plain(family, prompt), chunks) for prompt in prompts])
     return zeroed(family.pipeline, prompts, told)
 
 
@@ -135,8 +136,7 @@ def arguments(family: Family, prompts: Sequence[Prompt], negative: Prompt) -> di
 
 def embeddings(family: Family, prompts: Sequence[Prompt], negative: Prompt) -> dict[str, Tensor]:
     """The prompts as a pipeline takes them: as embeddings, all as long as the longest."""
-    own = family.chunks if isinstance(family, TakesTokens) else 1
-    length = max(own, *(one.length for one in (*prompts, negative)))
+    length = max(families.chunks(family), *(one.length for one in (*prompts, negative)))
     positive = _stacked([_encoded(family, one, length) for one in prompts])
     against = _stacked([_encoded(_unskipped(family), negative, length)] * len(prompts))
     return _named(positive, zeroed(family.pipeline, [negative.text] * len(prompts), against))

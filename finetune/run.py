@@ -364,7 +364,7 @@ class Run:
                 if not all(p.requires_grad for p in part.parameters())
             ),
             "pictures": "\n".join(
-                data.describe(subjects, families.tokenizers(family), self._concepts, getattr(family, "chunks", 1))
+                data.describe(subjects, families.tokenizers(family), self._concepts, families.chunks(family))
             ),
             "class pictures": _beside(companions),
             "held out": ", ".join(item.example.name for item in held) or "none",

@@ -234,14 +234,16 @@ def _require_said(words: Sequence[str], captions: Sequence[tuple[str, str]]) -> 
 
 
 def _require_room(family: Family, tokenizer: Any, words: Sequence[str], count: int, captions: Sequence[str]) -> None:
+    special = tokenizer.num_special_tokens_to_add()
+    room = families.chunks(family) * (tokenizer.model_max_length - special)
     for caption in captions:
         told: Any = family.pipeline
         written = told.maybe_convert_prompt(caption, tokenizer)
-        ids = tokenizer(written, truncation=True, max_length=tokenizer.model_max_length).input_ids
+        ids = tokenizer(written, truncation=True, max_length=room + special).input_ids
         for word in words:
             wanted = tokenizer.convert_tokens_to_ids(tokens(word, count))
             if word in written and not set(wanted) <= set(ids):
                 raise Fault(
                     f"--vectors {count}: the caption {caption!r} has no room for the {count} vectors of {word}: a "
-                    f"prompt has {MOST} in all. Take fewer, or shorter captions."
+                    f"prompt has {room} in all. Take fewer, or shorter captions."
                 )

@@ -217,6 +217,18 @@ def test_words_that_cannot_be_taught_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_more_chunks_of_text_have_more_room(
+    tiny_models: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--vectors", "4", "--prompt", f"{'a dog ' * 20}sks", "--steps", "1"]  # each letter is a token here
+    with pytest.raises(SystemExit) as stop:
+        train("textual_inversion", tiny_models["sd"], pictures, tmp_path / "run", *flags)
+    said = " ".join(capsys.readouterr().err.split())
+    assert stop.value.code == 2 and "has no room for the 4 vectors of sks: a prompt has 75 in all" in said
+    train("textual_inversion", tiny_models["sd"], pictures, tmp_path / "run", *flags, "--text-chunks", "3")
+    assert (tmp_path / "run" / "sks.safetensors").is_file()
+
+
 @pytest.mark.parametrize("kind", ["sd3", "flux", "klein", "zimage"])
 def test_families_that_are_taught_no_words_say_why(
     kind: str, tiny_models: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -125,7 +125,7 @@ class Family(Protocol):
     """Parts that a checkpoint may do without."""
     embedding_names: ClassVar[tuple[str, ...]]
     """What files of new words (textual inversion) call the vectors of each text encoder, "" being the word itself.
-    None: it is taught no words."""
+    Empty: it is taught no words."""
     published: ClassVar[Published]
     """Its names in adapter files."""
     from_picture: ClassVar[type[DiffusionPipeline] | None]
@@ -208,6 +208,11 @@ class TakesTokens(Protocol):
     def encode_tokens(self, tokens: Sequence[Tensor]) -> Conditions:
         """Tokens (B, 77), one tensor for each tokenizer, begin and end included -> conditions, as of prompts."""
         ...
+
+
+def chunks(family: Family) -> int:
+    """In how many chunks its captions and prompts are read."""
+    return family.chunks if isinstance(family, TakesTokens) else 1
 
 
 def denoiser(family: Family) -> nn.Module:

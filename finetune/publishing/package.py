@@ -19,9 +19,9 @@ from finetune.publishing.facts import MODEL, Facts
 
 if TYPE_CHECKING:
     from finetune.families import Family, Source
-    from finetune.publishing.drawing import Track
+    from finetune.publishing.drawing import Brush, Track
     from finetune.publishing.files import Files
-    from finetune.publishing.release import Release
+    from finetune.publishing.release import Drawn, Release
 
 CARD, CHECKSUMS, RECORD = "README.md", "checksums.txt", ".publish.json"
 """The record of what the folder was made of stays here."""
@@ -103,16 +103,9 @@ def files(folder: Path) -> list[Path]:
 def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Release:
     """Weights, pictures and sidecars. Returns what the card is made of."""
     from finetune import engine, families, sampling
-    from finetune.export import embedding_file
-    from finetune.families import TakesTokens
     from finetune.publishing import drawing, sidecar
-    from finetune.publishing.release import Release
 
-    table = {
-        "model": str(facts.run / MODEL), "clip_skip": facts.flat.get("clip_skip"),
-        "text_chunks": facts.flat.get("text_chunks"),
-    } if facts.whole else facts.settings["model"]  # fmt: skip
-    source = families.Source(**table)
+    source = _source(facts)
     family = families.load(source, engine.dtype("auto"), engine.device())
     from_noise = bool(not facts.whole and facts.flat.get("zero_terminal_snr"))
     if from_noise:
@@ -121,19 +114,46 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Release:
     written = _adapter_files(folder, wish, facts, family) if facts.adapter else None
     drawn_with = folder / written.shown if written else None
     brush = drawing.Brush(
-        family, wish.repo if facts.whole else facts.model, table.get("revision"), drawn_with,
+        family, wish.repo if facts.whole else facts.model, source.revision, drawn_with,
         wish.steps, wish.guidance, wish.size, from_noise, source.how(),
     )  # fmt: skip
     drawn = drawing.samples(brush, folder, wish.prompts, wish.seeds, track)
     row = wish.prompts[0], wish.seeds[0], facts.strengths
     strength = drawing.strengths(brush, folder, *row, track) if facts.adapter else None
+    whole = _model_files(folder, wish, facts, family) if facts.whole else {}
+    release = _release(wish, facts, source, written, whole, brush, drawn, strength)
+    if written and release.main in written.readers:
+        _sidecars(folder, release, release.main, sidecar.ADAPTER, release.words)
+    for word, name in zip(release.taught, release.embeddings, strict=True):
+        _sidecars(folder, release, name, sidecar.EMBEDDING, [word])
+    return release
 
+
+def _source(facts: Facts) -> Source:
+    """What the pictures are drawn with: the base, or the model that was trained."""
+    from finetune.families import Source
+
+    if not facts.whole:
+        return Source(**facts.settings["model"])
+    reads = {name: facts.flat.get(name) for name in ("clip_skip", "text_chunks")}
+    return Source(str(facts.run / MODEL), **reads)
+
+
+def _release(
+    wish: Wish, facts: Facts, source: Source, written: Files | None, whole: Mapping[str, tuple[str, ...]],
+    brush: Brush, drawn: Sequence[Drawn], strength: str | None,
+) -> Release:  # fmt: skip
+    """What the card tells. `whole`: the files of a whole model; `strength`: the picture of strengths."""
+    from finetune import families
+    from finetune.export import embedding_file
+    from finetune.families import TakesTokens
+    from finetune.publishing.release import Release
+
+    family, given = brush.family, facts.flat
     edition = family.edition()
     known = family.condition_shapes()["text"][-1] == edition.width
-    given = facts.flat
     kinds = [*([written.kind] if written else []), *(["textual inversion"] if facts.taught else [])]
-    readers = written.readers if written else {}
-    release = Release(
+    return Release(
         repo=wish.repo,
         title=wish.title or given.get("title") or wish.name,
         kind=" and ".join(kinds) or None,
@@ -145,7 +165,7 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Release:
         webui=edition.webui if known else "Unknown",
         words=facts.words,
         license=_license(wish.license or given.get("license"), wish.base or facts.base),
-        files=_model_files(folder, wish, facts, family) if facts.whole else readers,
+        files=written.readers if written else whole,
         taught=facts.taught,
         encoders=embedding_file.names(family) if facts.taught else {},
         strangers=written.strangers if written else {},
@@ -161,16 +181,11 @@ def _fill(folder: Path, wish: Wish, facts: Facts, track: Track) -> Release:
         tags=(*(given.get("tags") or ()), *(["slider"] if facts.slider else [])),
         usage=facts.header.get("modelspec.usage_hint"),
         embedded=facts.embedded,
-        from_noise=from_noise,
+        from_noise=brush.from_noise,
         inpaints=families.takes_mask(family),
         clip_skip=source.clip_skip,
         skipped=source.clip_skip - family.own_layer if source.clip_skip and isinstance(family, TakesTokens) else 0,
     )
-    if release.main in readers:
-        _sidecars(folder, release, release.main, sidecar.ADAPTER, release.words)
-    for word, name in zip(release.taught, release.embeddings, strict=True):
-        _sidecars(folder, release, name, sidecar.EMBEDDING, [word])
-    return release
 
 
 def _sidecars(folder: Path, release: Release, name: str, kind: str, words: Sequence[str]) -> None:
