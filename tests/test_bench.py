@@ -124,21 +124,15 @@ def test_what_cannot_be_is_refused_before_anything_runs(tmp_path: Path, capsys: 
 
 
 def test_a_script_that_fails_is_told_with_its_last_words(
-    tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = tmp_path / "train_dreambooth_lora.py"
-    script.write_text("raise SystemExit('no such flag')")
-    monkeypatch.setattr(measuring, "step", seen_by(measuring.step))
-    where = ["--against", "diffusers", str(script), "--model", str(tiny_models["sd"])]
+    failing = tmp_path / "failing.py"
+    failing.write_text("raise SystemExit('no such flag')")
+    monkeypatch.setattr(measuring, "OBSERVER", failing)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["bench", str(tmp_path / "out"), *SMALL, *where])
+        cli.main(["bench", str(tmp_path / "out"), *SMALL, "--model", str(tmp_path)])
     told = capsys.readouterr().err
     assert ended.value.code == 1 and "after 0 of 2 steps" in told and "no such flag" in told
-
-
-def seen_by(step: Any) -> Any:
-    """Ours is measured in another test: here it is the other script's turn at once."""
-    return lambda trainer, *given: step(trainer, *given) if trainer.name == "diffusers" else None
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from finetune.errors import Failure, Fault
+from finetune.signals import Watch
 
 if TYPE_CHECKING:
     from finetune.bench.tables import Result
@@ -71,6 +72,8 @@ def main(config: Config) -> None:
     from finetune.bench import tables, trainers
 
     _check(config)
+    if Watch.now:
+        Watch.now.advice = "Measure again, into a new folder."
     rival = config.against
     python = str(config.python) if config.python else None
     other = trainers.RIVALS[rival[0]](rival[1], config.recipe, python) if rival else trainers.ours(fast=False)
