@@ -194,6 +194,7 @@ VERBS = {
     "resize": Verb("an adapter at a lower rank", _page("finetune.commands.resize")),
     "extract": Verb("the difference of two models as an adapter", _page("finetune.commands.extract")),
     "publish": Verb("make a folder of a run with card and pictures, and send it", _page("finetune.commands.publish")),
+    "bench": Verb("a step's time and memory beside another trainer's", _gently("finetune.commands.bench")),
     "recipes": Verb("list the recipes and their ready settings", _recipes),
     "copy": Verb("copy a recipe or settings to change them", _copy),
     "toybox train": Verb("make the embedded base model again, from nothing", _page("finetune.toybox.train")),

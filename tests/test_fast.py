@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,6 +26,7 @@ from finetune import adapters, cli, families, fast, keys
 from finetune.batches import Batch
 from finetune.data import read_plain
 from finetune.families import Source
+from finetune.fast import attention
 from finetune.fast.lora import _LowRank
 from finetune.loop import PictureLoss
 from finetune.settings import Adapter, Loss
@@ -93,9 +95,10 @@ def norm(gradients: Gradients) -> float:
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_loss_and_gradients_are_those_of_the_plain_path(
-    kind: str, name: str, tiny_models: dict[str, Path], pictures: Path
+    kind: str, name: str, tiny_models: dict[str, Path], pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout and without it, which a model in evaluation mode is."""
+    monkeypatch.setattr(attention, "LONG", 1)
     adapter = ADAPTERS.get(name, ADAPTERS["dropout"])
     model, batch = prepared(tiny_models[kind], pictures, adapter, text=name == "text encoders")
     dropping, whole = step(model.train(), batch), step(model.eval(), batch)
@@ -242,8 +245,11 @@ def test_less_is_kept_and_less_is_done(
     dropout: float,
     bytes_left: float,
     launches_left: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Widths and rank an eighth of what is usual, so that they are to one another as there."""
+    """Widths and rank an eighth of what is usual, so that they are to one another as there. Launches are a GPU's, which
+    attention is not filled on."""
+    monkeypatch.setattr(attention, "LONG", math.inf)
     unet = narrow(config, widths, Adapter(rank=2, dropout=dropout), dtype)
     before = kept(unet, dtype == torch.bfloat16)
     fast.faster(unet)

@@ -13,9 +13,16 @@ from torch import nn
 
 from finetune import families
 from finetune.families import Family
-from finetune.fast import convolution, lora, precision, recompute
+from finetune.fast import attention, convolution, lora, precision, recompute
 
-FASTER: tuple[Any, ...] = (lora.Linear, lora.Conv2d, convolution.Conv2d, recompute.GEGLU, recompute.ResnetBlock2D)
+FASTER: tuple[Any, ...] = (
+    lora.Linear,
+    lora.Conv2d,
+    convolution.Conv2d,
+    attention.Attention,
+    recompute.GEGLU,
+    recompute.ResnetBlock2D,
+)
 """Each says by `fits` which layers of the class that it is made of it can stand for."""
 
 

@@ -1,0 +1,82 @@
+"""Attention on a CPU: heads of a width that fills no whole vectors, 10 or 40, cost more than such of 16 and 48."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models import attention_processor
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+aten = torch.ops.aten
+LANES = 16
+"""Numbers that a vector of AVX-512 holds in float32"""
+LONG = 512
+"""Queries from which on it pays: filling takes time too"""
+
+
+class _Filled(Function):
+    """softmax(s q k') v with zeros beside each head, which change no sum. What is kept is without them.
+
+    q: (B, n, H d), k, v: (B, m, H d) -> (B, n, H d)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
+        wide = [_filled(x, heads) for x in (q, k, v)]
+        y, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(*wide, scale=scale)
+        y = _taken(y, q)
+        ctx.how = heads, scale
+        ctx.save_for_backward(q, k, v, y, logsumexp)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, logsumexp = ctx.saved_tensors
+        heads, scale = ctx.how
+        wide = [_filled(x, heads) for x in (g, *kept)]
+        made = aten._scaled_dot_product_flash_attention_for_cpu_backward(*wide, logsumexp, 0.0, False, scale=scale)
+        return *(_taken(x, like) for x, like in zip(made, kept, strict=False)), None, None
+
+
+def _filled(x: Tensor, heads: int) -> Tensor:
+    """(B, n, H d) -> (B, H, n, d'), d' being whole vectors"""
+    x = x.unflatten(-1, (heads, -1))
+    return functional.pad(x, (0, -x.shape[-1] % LANES)).transpose(1, 2)
+
+
+def _taken(x: Tensor, like: Tensor) -> Tensor:
+    """Back to (B, n, H d)"""
+    return x[..., : like.shape[-1] // x.shape[1]].transpose(1, 2).flatten(2)
+
+
+class Attention(attention_processor.Attention):
+    """diffusers' attention as Stable Diffusion has it: no mask, no norms. Another processor stays what it is."""
+
+    @staticmethod
+    def fits(layer: attention_processor.Attention) -> bool:
+        norms = layer.group_norm, layer.spatial_norm, layer.norm_cross, layer.norm_q, layer.norm_k
+        plain = all(norm is None for norm in norms) and not layer.residual_connection
+        odd = layer.inner_dim // layer.heads % LANES and layer.inner_dim == layer.inner_kv_dim
+        return bool(plain and odd and layer.to_k is not None and layer.rescale_output_factor == 1)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **named: Any,
+    ) -> Tensor:
+        x, about = hidden_states, hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        known = type(self.processor) is attention_processor.AttnProcessor2_0 and attention_mask is None and not named
+        pays = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 3 and x.shape[1] >= LONG
+        if not known or not pays or torch.is_autocast_enabled("cpu"):
+            made: Tensor = super().forward(x, encoder_hidden_states, attention_mask, **named)
+            return made
+        y = _Filled.apply(self.to_q(x), self.to_k(about), self.to_v(about), self.heads, self.scale)
+        made = self.to_out[1](self.to_out[0](y))
+        return made
