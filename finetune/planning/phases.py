@@ -96,7 +96,7 @@ def measured(config: Any, source: Source, size: tuple[int, int]) -> Taken:
 
     def meter(name: str, family: Family, work: Callable[[], object]) -> int:
         held = tracking.held_by([*families.modules(family).values(), *map(_remembered, kept)])
-        above = tracking.measured(lambda: kept.append(work()), families.denoiser(family).device)
+        above = tracking.measured(lambda: kept.append(work()), _part(family).device)
         if isinstance(kept[-1], Training):
             seconds.append(next(iter(kept[-1])).seconds)  # unobserved
         return held + above
@@ -167,8 +167,12 @@ def _groups(config: Any, family: Family) -> list[adapters.Group]:
     return adapters.full(family, *rates, config.full.weights, config.full.parts)
 
 
+def _part(family: Family) -> Any:
+    return families.denoiser(family)
+
+
 def _encode(family: Family, size: tuple[int, int]) -> None:
-    device = families.denoiser(family).device
+    device = _part(family).device
     family.encode_pictures(torch.zeros(1, 3, *size, device=device))
     with torch.no_grad():
         prompting.conditions(family, [CAPTION])
@@ -176,9 +180,8 @@ def _encode(family: Family, size: tuple[int, int]) -> None:
 
 def _draw(family: Family, accelerator: Accelerator, side: int, count: int) -> None:
     """A step of the denoiser with guidance, which is as many pictures twice, and what the VAE makes of them."""
-    part: Any = families.denoiser(family)
     channels, factor = family.latents()
-    device, side = part.device, side // family.grain() * family.grain()
+    device, side = _part(family).device, side // family.grain() * family.grain()
     with torch.no_grad(), engine.autocast(accelerator):
         told = prompting.conditions(family, [CAPTION] * 2 * count)
         noised = torch.zeros(2 * count, channels, side // factor, side // factor, device=device)
@@ -214,5 +217,5 @@ def _encodings(config: Any, family: Family, size: tuple[int, int]) -> Blank:
     trained = any(p.requires_grad for e in families.text_encoders(family).values() for p in e.parameters())
     return Blank(
         subjects, companions, Memory(), None if trained else Memory(), "", "", factor=family.latents()[1],
-        family=family, dtype=families.denoiser(family).dtype,
+        family=family, dtype=_part(family).dtype,
     )  # fmt: skip
