@@ -89,6 +89,7 @@ def _train(words: list[str], prog: str) -> None:
         found = {name: shelf.describe(path) for name, path in shelf.recipes().items()}
         print(_table(f"usage: {prog} RECIPE [OPTIONS]\n", found))
         print(f"\nRECIPE may be a file of your own: ./my_recipe.py. `{prog} RECIPE --help` lists a recipe's options.")
+        print("`--vram 8GB` chooses what makes the training fit into so much memory, see `finetune plan`.")
         return
     if "--resume" in words and not config.file_of(words):
         words = _of_the_run(words)
@@ -99,10 +100,31 @@ def _train(words: list[str], prog: str) -> None:
         recipe = (config.recipe_of(file) if file else None) or ""
     if not recipe:
         raise Fault(f"{prog}: which recipe? `{prog} RECIPE ...`, with one of: {', '.join(shelf.recipes())}.")
+    own, words = config.parted(words, {"--vram": 1})
+    vram = own[0].partition("=")[2] or " ".join(own[1:]) if own else None
     page = shelf.load(recipe)
     asked = config.parse(page.Config, words, f"{prog} {recipe}")
     with Watch(), peers.lost():
-        _work(page, asked)
+        _work(page, asked if vram is None else _fitted(asked, vram, recipe))
+
+
+def _fitted(asked: Any, vram: str, recipe: str) -> Any:
+    """The settings as they fit into so much memory (`--vram`), by `finetune plan`."""
+    if asked.output.resume or asked.output.resume_or_begin:
+        raise Fault("--vram: a run goes on by the settings that it was begun with, which its plan has changed then.")
+    from finetune import planning
+
+    plan = planning.make(asked, vram, cpu=planning.on_cpu())
+    if peers.leads():
+        print(plan.text(recipe))
+    plan.require()
+    return plan.config
+
+
+def _plan(words: list[str], prog: str) -> None:
+    from finetune.commands import plan
+
+    plan.run(words, prog)
 
 
 def _work(page: Any, asked: Any) -> None:
@@ -174,6 +196,7 @@ class Verb:
 VERBS = {
     "demo": Verb("see it work: a subject learned in minutes, before and after in one picture", _page("finetune.demo")),
     "train": Verb("train a recipe on your pictures", _train),
+    "plan": Verb("what a training takes of memory, and what makes it fit", _plan),
     "generate": Verb("draw pictures with a model and adapters", _page("finetune.generate")),
     "grid": Verb("a table of pictures: prompts, checkpoints, strengths, ...", _page("finetune.commands.grid")),
     "animate": Verb("from prompt to prompt, or along a path: GIF, WebP, MP4", _page("finetune.commands.animate")),

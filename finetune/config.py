@@ -59,6 +59,21 @@ def parse(config_class: type[C], argv: Sequence[str], prog: str) -> C:
     return config_class(**{name: value for name, value in _fields(parsed).items() if name != "config"})
 
 
+def parted(words: Sequence[str], known: dict[str, int]) -> tuple[list[str], list[str]]:
+    """Of a command line the words of these flags, which take so many values each, and the others."""
+    own: list[str] = []
+    rest: list[str] = []
+    left = iter(words)
+    for word in left:
+        name, equals, _ = word.partition("=")
+        if name not in known:
+            rest.append(word)
+            continue
+        own.append(word)
+        own += [value for _ in range(0 if equals else known[name]) if (value := next(left, None)) is not None]
+    return own, rest
+
+
 def file_of(argv: Sequence[str]) -> Path | None:
     """The TOML file that `--config` names."""
     named = [following for word, following in pairwise(argv) if word == "--config"]

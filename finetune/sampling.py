@@ -24,6 +24,8 @@ from finetune.settings import Loss
 
 FROM_NOISE = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 """Settings of a scheduler that begins at pure noise, where --zero-terminal-snr trains (Lin et al. 2023, 2305.08891)."""
+TOGETHER = 4
+"""Pictures that are drawn at once"""
 
 
 def sample(
@@ -35,7 +37,7 @@ def sample(
     steps: int,
     guidance: float,
     size: int | None = None,
-    batch: int = 4,
+    batch: int = TOGETHER,
     initial: Initial | None = None,
     weighted: bool = False,
 ) -> list[Image]:

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+HELD = Tensor, FakeTensor
+"""What a plain weight is: the second in a plan, where nothing has data"""
 Thin = tuple[float, float]
 """s and p of one adapter: what it is scaled by, and the share of its inputs that is dropped"""
 
@@ -119,7 +122,7 @@ class Conv2d(lora.Conv2d):
 def _is_plain(layer: Any, kind: Any) -> bool:
     """Not DoRA or another variant, nor on a base that trains or whose weight is no tensor of floats."""
     base = layer.base_layer
-    known = type(base) is kind and type(base.weight.data) is Tensor and base.weight.is_floating_point()
+    known = type(base) is kind and type(base.weight.data) in HELD and base.weight.is_floating_point()
     plain = not layer.lora_variant and not any(layer.lora_bias.values())
     return bool(known and plain and not base.weight.requires_grad)
 

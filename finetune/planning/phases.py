@@ -1,0 +1,221 @@
+"""What a training does one after the other, each with the most memory that it takes: of tensors with data, or without.
+
+The work is the training's own: its model, adapter, fast path, loss, loop and optimizer, on pictures of one size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from finetune import adapters, class_pictures, engine, families, prompting, sampling
+from finetune.data import Example, Geometry, Item
+from finetune.data.cache import Memory
+from finetune.data.encoding import Encodings, release_frozen
+from finetune.families import Conditions, Family, Source
+from finetune.loop import Training
+from finetune.planning import tracking
+
+STEPS = 2
+"""In the first the optimizer's state comes to be, in the second it stands beside the activations"""
+CAPTION = "a photo of sks dog"
+Meter = Callable[[str, Family, Callable[[], object]], int]
+"""Of a phase's work: the most bytes of tensors while it is done, weights included"""
+
+
+@dataclass(frozen=True)
+class Blank(Encodings):
+    """Encodings of pictures that nobody has: zeros."""
+
+    family: Any = None
+    dtype: torch.dtype = torch.float32
+
+    def latents(self, item: Item, view: Geometry) -> tuple[Tensor, Tensor]:
+        channels, factor = self.family.latents()
+        mean, std = torch.zeros(2, channels, *(side // factor for side in view.target))
+        return mean, std
+
+    def conditions(self, caption: str) -> Conditions:
+        shapes = self.family.condition_shapes()
+        return {name: torch.zeros(1, *shape, dtype=self.dtype) for name, shape in shapes.items()}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a training takes."""
+
+    peaks: dict[str, int]
+    """The most bytes that tensors hold, by phase"""
+    flops: int = 0
+    """Of a step, predicted: multiplications and additions of matrix products, convolutions and attention"""
+    seconds: float | None = None
+    """Of a step, measured"""
+
+    @property
+    def phase(self) -> str:
+        """The one that takes most"""
+        return max(self.peaks, key=lambda name: self.peaks[name])
+
+    @property
+    def peak(self) -> int:
+        return self.peaks[self.phase]
+
+
+def imagined(config: Any, load: Callable[[], Family], size: tuple[int, int], kernels: bool = True) -> Taken:
+    """Predicted. `load`: the family, without data; `kernels`: for a CPU, with what its kernels hold for themselves."""
+    if config.train.ema_on_cpu and not kernels:  # an average that is not in the GPU's memory
+        config = replace(config, train=replace(config.train, ema=0.0))
+    with tracking.imagined(kernels) as live:
+        flops: dict[str, int] = {}
+        kept: list[object] = []  # a training stays while it is sampled
+
+        def meter(name: str, family: Family, work: Callable[[], object]) -> int:
+            live.begin()
+            before = live.flops
+            kept.append(work())
+            flops[name] = live.flops - before
+            return live.peak
+
+        peaks = run(config, load(), size, meter, accelerator(config, cpu=True), lambda family: _filled(family, load()))
+        return Taken(peaks, flops["train"] // STEPS)
+
+
+def measured(config: Any, source: Source, size: tuple[int, int]) -> Taken:
+    """Of this machine, which trains the model a few steps on nothing."""
+    dtype = engine.DTYPES[config.train.precision]
+    seconds: list[float] = []
+    kept: list[object] = []
+
+    def meter(name: str, family: Family, work: Callable[[], object]) -> int:
+        held = tracking.held_by([*families.modules(family).values(), *map(_remembered, kept)])
+        above = tracking.measured(lambda: kept.append(work()), _part(family).device)
+        if isinstance(kept[-1], Training):
+            seconds.append(next(iter(kept[-1])).seconds)  # unobserved
+        return held + above
+
+    def restore(family: Family) -> None:
+        families.restore(family, source, dtype)
+        family.pipeline.to(engine.device())
+
+    family = families.load(source, dtype, engine.device())
+    peaks = run(config, family, size, meter, accelerator(config, engine.device() == "cpu"), restore)
+    return Taken(peaks, seconds=seconds[0])
+
+
+def run(
+    config: Any,
+    family: Family,
+    size: tuple[int, int],
+    meter: Meter,
+    accelerator: Accelerator,
+    restore: Callable[[Family], None],
+) -> dict[str, int]:
+    """Go through the phases of a run by these settings; size: height and width of the pictures; `restore`: brings
+    back the parts that leave the memory to train."""
+    config = replace(config, train=replace(config.train, steps=STEPS + 1))
+    peaks = {"encode": meter("encode", family, lambda: _encode(family, size))}
+    if draws(config):
+        count = class_pictures.BATCH
+        peaks["class pictures"] = meter("draw", family, lambda: _draw(family, accelerator, max(size), count))
+    groups = _groups(config, family)
+    release_frozen(family)
+    peaks["train"] = meter("train", family, lambda: _train(config, family, groups, size, accelerator))
+    if config.samples.sample_every:
+        restore(family)
+        count = min(len(config.samples.sample_prompts) or 1, sampling.TOGETHER)
+        peaks["sample"] = meter("sample", family, lambda: _draw(family, accelerator, max(size), count))
+    return peaks
+
+
+def _remembered(made: object) -> Any:
+    """What a training holds beside the weights."""
+    if not isinstance(made, Training):
+        return None
+    return made.optimizer.state_dict(), made.average.shadow if made.average else {}
+
+
+def _filled(family: Family, other: Family) -> None:
+    """Take what a family lacks from another one."""
+    mine = family.pipeline.components
+    family.pipeline.register_modules(**{n: p for n, p in other.pipeline.components.items() if mine[n] is None})
+
+
+def draws(config: Any) -> bool:
+    """Whether class pictures are drawn before the training."""
+    prior = config.prior
+    return bool(prior.prior and prior.prior_from == "pictures" and prior.class_data is None)
+
+
+def accelerator(config: Any, cpu: bool) -> Accelerator:
+    AcceleratorState._reset_state()
+    precision = config.train.precision
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+
+
+def _groups(config: Any, family: Family) -> list[adapters.Group]:
+    rates = config.optim.lr, config.optim.text_encoder_lr
+    if hasattr(config, "adapter"):
+        return adapters.adapt(family, config.adapter, *rates, config.train.seed)
+    return adapters.full(family, *rates, config.full.weights, config.full.parts)
+
+
+def _part(family: Family) -> Any:
+    return families.denoiser(family)
+
+
+def _encode(family: Family, size: tuple[int, int]) -> None:
+    device = _part(family).device
+    family.encode_pictures(torch.zeros(1, 3, *size, device=device))
+    with torch.no_grad():
+        prompting.conditions(family, [CAPTION])
+
+
+def _draw(family: Family, accelerator: Accelerator, side: int, count: int) -> None:
+    """A step of the denoiser with guidance, which is as many pictures twice, and what the VAE makes of them."""
+    channels, factor = family.latents()
+    device, side = _part(family).device, side // family.grain() * family.grain()
+    with torch.no_grad(), engine.autocast(accelerator):
+        told = prompting.conditions(family, [CAPTION] * 2 * count)
+        noised = torch.zeros(2 * count, channels, side // factor, side // factor, device=device)
+        beside = families.beside(family)
+        if beside:
+            told[families.BESIDE] = noised.new_zeros(2 * count, beside, *noised.shape[2:])
+        times, sizes = torch.zeros(2 * count, device=device), noised.new_zeros(2 * count, 6)
+        latents = family.predict(noised, times, told, sizes)[:count]
+        vae: Any = families.modules(family)["vae"]
+        vae.decode(latents.to(vae.dtype))
+
+
+def _train(
+    config: Any, family: Family, groups: list[adapters.Group], size: tuple[int, int], accelerator: Accelerator
+) -> Training:
+    data = _encodings(config, family, size)
+    full = getattr(config, "full", None)
+    training = Training(family, groups, data, config.train, config.optim, config.loss, accelerator, full)
+    for _ in islice(training, STEPS):
+        pass
+    return training
+
+
+def _encodings(config: Any, family: Family, size: tuple[int, int]) -> Blank:
+    """As many pictures as a step has, and as many beside them where the prior is kept."""
+    count = config.train.batch_size * config.train.accumulation
+    view = Geometry(size, (0, 0), size)
+    own = Example(Path("picture.png"), (CAPTION,))
+    asks = config.prior.prior_from == "base" and hasattr(config, "adapter")
+    subjects = [Item(own, (view,), own.captions)] * count
+    class_ = replace(own, taught=asks, weight=config.prior.prior_weight)
+    companions = [Item(class_, (view,), class_.captions)] * count if config.prior.prior else []
+    trained = any(p.requires_grad for e in families.text_encoders(family).values() for p in e.parameters())
+    return Blank(
+        subjects, companions, Memory(), None if trained else Memory(), "", "", factor=family.latents()[1],
+        family=family, dtype=_part(family).dtype,
+    )  # fmt: skip
