@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import finetune
 from finetune import checkpoints, cli, loop
 from finetune.per_parameter import InBackward
+from finetune.planning import tracking
 
 EARLY = ["--optimizer-in-backward", "--max-grad-norm", "0"]
 BF16 = ["--weights", "bf16", "--precision", "bf16"]
@@ -152,12 +152,10 @@ def peak(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> tuple[in
     def watched(self: loop.Training) -> loop.Report:
         if self.done < 1:
             return take(self)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as made:
-            report = take(self)
-        events = [event for event in made.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
-        sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-        seen[:] = sum(p.nbytes for p in self.parameters.values()), int(np.cumsum(sizes).max())
-        return report
+        reports: list[loop.Report] = []
+        held = tracking.measured(lambda: reports.append(take(self)), torch.device("cpu"))
+        seen[:] = sum(p.nbytes for p in self.parameters.values()), held
+        return reports[0]
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Training, "_step", watched)
