@@ -70,6 +70,7 @@ def configure(family: Family, folder: Path, dtype: torch.dtype) -> None:
         elif name in adaptable(family):
             _save_text_config(part, folder / name, dtype)
         elif not isinstance(part, nn.Module) and hasattr(part, "save_pretrained"):
+            _forget_calls(part)
             part.save_pretrained(folder / name)
     family.pipeline.save_config(folder)
     _forget_local(folder)
@@ -92,6 +93,14 @@ def _save_text_config(module: Any, folder: Path, dtype: torch.dtype) -> None:
     config = copy.deepcopy(module.config)
     config.architectures, config.dtype = [type(module).__name__], dtype
     config.save_pretrained(folder)
+
+
+def _forget_calls(part: Any) -> None:
+    """How the last texts were cut and filled is state of a tokenizer, and would be written with it."""
+    tokenizer = getattr(part, "backend_tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
 
 
 def _forget_local(folder: Path) -> None:

@@ -48,9 +48,13 @@ def test_plain_diffusers_draws_the_live_models_picture(kind: str, tiny_models: d
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_a_fine_tuned_model_without_an_adapter(kind: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     family = live.tuned(tiny_models[kind], text=True)
+    export.merged(family, tmp_path / "before", dtype=torch.float32)
     expected = picture(family)
     export.merged(family, tmp_path / "model", dtype=torch.float32)
     assert np.abs(picture(plain(tmp_path / "model")) - expected).max() <= 1
+    for file in (tmp_path / "before").rglob("*.*"):
+        after = tmp_path / "model" / file.relative_to(tmp_path / "before")
+        assert after.read_bytes() == file.read_bytes(), "texts that were read in between leave no trace"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
