@@ -60,7 +60,7 @@ ROWS = (
     Row("LoHa, rank 8", "lora", 0.01, f"{FROZEN} --method loha --rank 8"),
     Row("LoKr, rank 16", "lora", 0.02, f"{FROZEN} --method lokr --rank 16"),
     Row("OFT, blocks of 16", "lora", 0.003, f"{FROZEN} --method oft --rank 16"),
-    Row("BOFT, blocks of 16, 2 butterflies", "lora", 0.003, f"{FROZEN} --method boft --rank 16 --butterflies 2"),
+    Row("BOFT, blocks of 4, 2 butterflies", "lora", 0.003, f"{FROZEN} --method boft --rank 4 --butterflies 2"),
     Row("(IA)3", "lora", 0.1, f"{FROZEN} --method ia3"),
     Row("all of the UNet", "dreambooth", 0.0003),
     Row("its attention", "dreambooth", 0.001, f"{FROZEN} --parts attention"),
