@@ -23,6 +23,7 @@ from finetune.data.order import Order
 from finetune.ema import Average
 from finetune.errors import Failure, Fault
 from finetune.families import Conditions, Family
+from finetune.fast import compiling
 from finetune.objective import check, loss_per_picture
 from finetune.per_parameter import InBackward, PerParameter
 from finetune.settings import Full, Loss, Optim, Train
@@ -174,6 +175,7 @@ class Training:
         self.parameters = {name: parameter for name, parameter in own.items() if name in names}
         self.beside = {name: own[name] for name in beside}
         self.names = {parameter: name for name, parameter in self.parameters.items()}
+        self.compiled = _compiled(family, train.compile, list(self.parameters.values()))
         self.average = Average(self.parameters, train.ema, "cpu" if train.ema_on_cpu else None) if train.ema else None
         self.validation = Validation(self.batches, train.batch_size, accelerator)
 
@@ -279,7 +281,8 @@ class Training:
         acting = partial(adapters.at, self.whole.family)
         with self._in_turn():
             lr = optim.rate(self.optimizer)
-            loss = _accumulate(self.model, self.batches, step, self.train, self.accelerator, completing, acting)
+            with self.compiled:
+                loss = _accumulate(self.model, self.batches, step, self.train, self.accelerator, completing, acting)
             norm = early.norm(self.parameters.values()) if early else self._clip()
             torn = early is not None and len(early.optimizer.stepped) > 0
             _require_finite(loss, norm, step, self.batches, self.accelerator, torn)
@@ -435,6 +438,10 @@ def _blocks(parts: nn.Module) -> list[str]:
     """The classes of the models' blocks, under the name by which engines that share out weights ask for them."""
     told = {name for part in parts.modules() for name in getattr(part, "_no_split_modules", None) or ()}
     return sorted(told & {type(part).__name__ for part in parts.modules()})
+
+
+def _compiled(family: Family, mode: str, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    return nullcontext() if mode == "off" else compiling.Blocks(families.denoiser(family), mode, parameters)
 
 
 def _checkpoint_activations(family: Family) -> None:

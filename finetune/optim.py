@@ -146,6 +146,11 @@ def check_full(full: Full, settings: Optim, train: Train, accelerator: Accelerat
             f"--optimizer-in-backward: {accelerator.num_processes} processes average their gradients when the backward "
             "pass has them all. Train in one process, or leave it out."
         )
+    if early and train.compile == "graphs":
+        raise Fault(
+            "--optimizer-in-backward --compile graphs: CUDA graphs need gradients that stay where they are, and here "
+            "each is given back at once. Say --compile blocks, or leave one out."
+        )
     if early and train.precision == "fp16":
         raise Fault(
             "--optimizer-in-backward --precision fp16: whether its loss scale was too high is known when all gradients "

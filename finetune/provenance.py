@@ -39,7 +39,7 @@ UNTOLD = (
     *("use_cache", "resume", "resume_or_begin", "allow_changed", "report", "processes", "engine", "save_every"),
     *("optimizer_in_backward", "ema_on_cpu", "validate_every", "on_nan", "checkpoint_every", "keep_last", "keep_every"),
     *("sample_every", "sample_steps", "sample_guidance", "measure", "measure_share", "measure_count"),
-    *("measure_steps", "measure_batch", "patience", "strengths", "sources", "fast"),
+    *("measure_steps", "measure_batch", "patience", "strengths", "sources", "fast", "compile"),
 )
 """Those that are not: where things lie and what they are called there, how a run was watched and kept. A new setting
 stands in one of the two."""

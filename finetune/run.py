@@ -39,6 +39,7 @@ from finetune.errors import Failure, Fault, Stopped
 from finetune.evaluation.tables import MEASURED
 from finetune.export import trained
 from finetune.families import Family, Source
+from finetune.fast import compiling
 from finetune.keeping import LOG, Keeper
 from finetune.loop import NotFinite, Training, due
 from finetune.report.following import Follower
@@ -105,6 +106,7 @@ class Run:
             cpu=engine.device() == "cpu",  # else processes on a CPU would each take themselves for the only one
         )
         engine.require(train, self.accelerator)
+        compiling.require(train, self.accelerator)
         self.optimizer = optim.resolve(optimizer.optimizer, self.device, engine.is_sharding(self.accelerator))
         self.console = Console(quiet=not self.leads)
         self.keeper = Keeper(config, output, train, self.leads)

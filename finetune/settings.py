@@ -362,6 +362,9 @@ class Train:
     fast: bool = True
     """Compute the same in fewer passes over memory, and keep less for the backward pass. --no-fast leaves all to the
     libraries, for comparison."""
+    compile: Literal["off", "blocks", "graphs"] = "off"
+    """Compile the denoiser's repeated blocks for the steps (torch.compile): fewer launches on a GPU, after a minute or
+    more before the first step. `graphs` records them as CUDA graphs too, which pays where a step is short."""
     save_every: int = 0
     """Export what was trained every so many steps, beside the end's. 0: only the end's."""
     ema: float = 0.0
