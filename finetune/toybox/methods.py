@@ -36,7 +36,7 @@ TRAINED, JUDGED = "trained.json", "judged.json"
 TRAIN = "--sample-guidance 2 --checkpoint-every 0 --measure off --tracker none --no-report"
 FROZEN = "--text-encoder-lr None"
 EVALUATE = "--step result --steps 10 --seed 1000"
-FIRST, COLOURS = 1000, 96
+FIRST, COLOURS = 1000, 64
 """The seed there, and how many colours the picture of the pictures has"""
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +15,20 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
-from finetune import cli, config, data, shelf, words
+from finetune import adapters, cli, config, data, families, shelf, words
 from finetune.errors import Failure, Stopped
 from finetune.evaluation import prompts
+from finetune.families import Family, Source
 from finetune.settings import Model, Prior
 from finetune.toybox import methods
 
 DATASETS = Path(__file__).resolve().parents[2] / "datasets"
 ROW = "(IA)3"
+
+
+@pytest.fixture(scope="module")
+def toybox() -> Family:
+    return families.load(Source("toybox"))
 
 
 @pytest.fixture
@@ -115,6 +123,22 @@ def test_means_are_told_with_the_least_and_the_most() -> None:
     lines = methods.table(task, {ROW: runs}).splitlines()
     assert lines[2] == "| the base |  | 0.50 | 0.70 | 0.10 | 0.20 |  |  |  |"
     assert lines[3] == f"| {ROW} | 0.1 | 0.60 (0.40 to 0.80) | 0.70 | 0.10 | 0.20 | 2 kB | 9 s | 600 MB |"
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in methods.ROWS if row.recipe in ("lora", "pivotal")], ids=lambda row: row.name
+)
+def test_each_method_fits_the_layers_of_toybox(row: methods.Row, toybox: Family) -> None:
+    """A row that cannot be put on would end the command after an hour of it."""
+    words = shlex.split(row.settings.format(word="--word sks"))
+    settings = config.parse(
+        shelf.load(row.recipe).Config, ["--data", "d", "--output", "o", "--no-prior", *words], "train"
+    )
+    family = copy.copy(toybox)
+    family.pipeline = copy.copy(toybox.pipeline)
+    family.pipeline.unet = copy.deepcopy(toybox.pipeline.unet)
+    adapters.adapt(family, settings.adapter, row.lr, None, 0)
+    assert any(p.requires_grad for p in families.denoiser(family).parameters())
 
 
 @pytest.mark.parametrize(
