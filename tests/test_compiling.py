@@ -36,7 +36,7 @@ def train(tiny_models: dict[str, Path], tmp_path: Path) -> Training:
 
     def run(name: str, kind: str, *flags: str) -> Path:
         given = ["--model", str(tiny_models[kind]), "--data", str(tmp_path / "pictures"), "--output"]
-        given += [str(tmp_path / name), "--prompt", "sks", "--steps", "3", "--max-upscale", "4", "--tracker", "none"]
+        given += [str(tmp_path / name), "--prompt", "sks", "--steps", "3", "--resolution", "64", "--tracker", "none"]
         cli.main(["train", "lora", *given, "--lr", "1e-2", "--rank", "2", *flags])
         return tmp_path / name
 
