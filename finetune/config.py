@@ -335,7 +335,8 @@ def _plain(value: Any) -> Any:
 
 def _lines(config: Any) -> Iterator[str]:
     """`key = value  # help`, for the settings that are no groups and not None."""
-    helps, lists = _helps(type(config)), _table_lists(type(config))
+    kind: type = type(config)
+    helps, lists = _helps(kind), _table_lists(kind)
     for name, value in _fields(config).items():
         if value is not None and not is_dataclass(value) and name not in lists:
             yield f"{name} = {toml.value(_plain(value))}" + (f"  # {helps[name]}" if name in helps else "")
