@@ -16,6 +16,7 @@ import tomllib
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeGuard, TypeVar
@@ -148,6 +149,7 @@ def _with_config_flag(config_class: type[C]) -> type[C]:
         config_class.__name__, [("config", flag, field)], bases=(config_class,), frozen=True
     )
     parser.__doc__ = config_class.__doc__
+    parser.__module__ = config_class.__module__  # where tyro finds its source, else sought in vain for each field
     return parser
 
 
@@ -333,14 +335,19 @@ def _plain(value: Any) -> Any:
 
 def _lines(config: Any) -> Iterator[str]:
     """`key = value  # help`, for the settings that are no groups and not None."""
-    helps, lists = _helps(type(config)), _table_lists(type(config))
+    kind: type = type(config)
+    helps, lists = _helps(kind), _table_lists(kind)
     for name, value in _fields(config).items():
         if value is not None and not is_dataclass(value) and name not in lists:
             yield f"{name} = {toml.value(_plain(value))}" + (f"  # {helps[name]}" if name in helps else "")
 
 
+@cache
 def _helps(config_class: type) -> dict[str, str]:
-    """The first clause of each field's docstring, where the source is at hand."""
+    """The first clause of each field's docstring, where the source is at hand.
+
+    (Kept, because Python parses a whole file to find a class in it.)
+    """
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body  # type: ignore[attr-defined]
     except (OSError, TypeError, SyntaxError):

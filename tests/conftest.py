@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -12,13 +13,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import tiny
+from hypothesis import HealthCheck, settings
+
+# How long an example takes, or is looked for, says how much else runs on the machine.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
+gc.freeze()  # each full collection looks through half a million objects of the libraries else
 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Diffusers folders of the tiny pipelines, by kind. Read only."""
     root = tmp_path_factory.mktemp("tiny")
-    return {kind: tiny.save(kind, root / kind) for kind in {**tiny.KINDS, **tiny.INPAINTING, **tiny.EDITING}}
+    return {kind: tiny.save(kind, root / kind) for kind in tiny.ALL}
 
 
 @pytest.fixture(autouse=True)

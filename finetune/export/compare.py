@@ -29,18 +29,19 @@ ROUNDING = {torch.float32: 2**-22, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 def prediction(family: Family) -> Tensor:
     """The denoiser's answer to keyed noise under keyed conditions, (1, C, h, w), float32 on the CPU."""
     denoiser: Any = families.denoiser(family)
+    device = denoiser.device  # diffusers looks through all modules for it
     conditions: Conditions = {
-        name: keys.normal((1, *shape), 0, "verify", name).to(denoiser.device)
+        name: keys.normal((1, *shape), 0, "verify", name).to(device)
         for name, shape in family.condition_shapes().items()
     }
     channels, factor = family.latents()
     if more := families.beside(family):
-        conditions[families.BESIDE] = keys.normal((1, more, SIDE, SIDE), 0, "verify", "beside").to(denoiser.device)
+        conditions[families.BESIDE] = keys.normal((1, more, SIDE, SIDE), 0, "verify", "beside").to(device)
     objective = family.objective()
-    noised = keys.normal((1, channels, SIDE, SIDE), 0, "verify", "latents").to(denoiser.device)
-    timesteps = objective.told(torch.tensor([objective.timesteps // 2], device=denoiser.device))
+    noised = keys.normal((1, channels, SIDE, SIDE), 0, "verify", "latents").to(device)
+    timesteps = objective.told(torch.tensor([objective.timesteps // 2], device=device))
     side = float(SIDE * factor)
-    sizes = torch.tensor([[side, side, 0, 0, side, side]], device=denoiser.device)
+    sizes = torch.tensor([[side, side, 0, 0, side, side]], device=device)
     with torch.no_grad(), inference(family):
         return family.predict(noised, timesteps, conditions, sizes).float().cpu()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import live
@@ -32,21 +33,37 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+ADAPTER = ["--rank", "4", "--alpha", "2", "--lr", "1e-2"]
+ASKED = {
+    "lora": ("sdxl", ["lora", *ADAPTER, "--text-encoder-lr", "1e-2", "--steps", "3"]),
+    "averaged": ("sd", ["lora", *ADAPTER, "--ema", "0.9", *VALIDATED]),
+    "free": ("sd", ["lora", *ADAPTER, "--optimizer", "schedulefree", "--steps", "3"]),
+    "dreambooth": ("sd-v", ["dreambooth", "--lr", "1e-4", "--steps", "2"]),
+    "toybox": (None, ["lora", *ADAPTER, "--steps", "2"]),
+}
+"""A LoRA with alpha != rank on SDXL and its text encoders, two of other weights than the last step's, a DreamBooth, one
+of the embedded model"""
+
+
+@dataclass
+class Runs:
+    """Of each name a run, trained when it is first asked for."""
+
+    models: dict[str, Path]
+    pictures: Path
+    root: Path
+
+    def __getitem__(self, name: str) -> Path:
+        run, (kind, words) = self.root / name, ASKED[name]
+        if not run.exists():
+            base = ["--model", str(self.models[kind])] if kind else []
+            cli.main(["train", *words, *base, "--data", str(self.pictures), "--output", str(run), *SUBJECT])
+        return run
+
+
 @pytest.fixture(scope="session")
-def runs(tiny_models: dict[str, Path], pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A LoRA with alpha != rank on SDXL and its text encoders, one of averaged weights, a DreamBooth, one of toybox."""
-    root = tmp_path_factory.mktemp("runs")
-    adapter = ["--rank", "4", "--alpha", "2", "--lr", "1e-2"]
-    asked = {
-        "lora": ["lora", "--model", str(tiny_models["sdxl"]), *adapter, "--text-encoder-lr", "1e-2", "--steps", "3"],
-        "averaged": ["lora", "--model", str(tiny_models["sd"]), *adapter, "--ema", "0.9", *VALIDATED],
-        "free": ["lora", "--model", str(tiny_models["sd"]), *adapter, "--optimizer", "schedulefree", "--steps", "3"],
-        "dreambooth": ["dreambooth", "--model", str(tiny_models["sd-v"]), "--lr", "1e-4", "--steps", "2"],
-        "toybox": ["lora", *adapter, "--steps", "2"],
-    }
-    for name, words in asked.items():
-        cli.main(["train", *words, "--data", str(pictures), "--output", str(root / name), *SUBJECT])
-    return {name: root / name for name in asked}
+def runs(tiny_models: dict[str, Path], pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tiny_models, pictures, tmp_path_factory.mktemp("runs"))
 
 
 def run(*words: object) -> None:
@@ -87,7 +104,7 @@ def written(folder: Path, name: str) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", ["lora", "toybox"])
 def test_every_format_of_an_adapter_gives_the_same_model(
-    name: str, runs: dict[str, Path], tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, runs: Runs, tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tiny_models["sdxl"] if name == "lora" else toybox.path()
     run(runs[name], "--format", "all", "--dtype", "fp32", "--output", tmp_path / "out")
@@ -107,14 +124,14 @@ def test_every_format_of_an_adapter_gives_the_same_model(
     assert all((one["rank"], one["prompt"]) == (4, "a photo of sks dog") for one in told)
 
 
-def test_half_precision_is_the_default(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_half_precision_is_the_default(runs: Runs, tmp_path: Path) -> None:
     run(runs["toybox"], "--format", "kohya", "--output", tmp_path, "--name", "sks")
     tensors = load_file(tmp_path / "sks-kohya.safetensors")
     assert {tensor.dtype for name, tensor in tensors.items() if not name.endswith(".alpha")} == {torch.float16}
     assert {float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")} == {2.0}
 
 
-def test_a_whole_models_formats(runs: dict[str, Path], tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_whole_models_formats(runs: Runs, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     run(runs["dreambooth"], "--format", "all", "--dtype", "fp32", "--output", tmp_path)
     files = written(tmp_path, "dreambooth")
     assert list(files) == ["merged", "single-file"]
@@ -129,7 +146,7 @@ def test_a_whole_models_formats(runs: dict[str, Path], tiny_models: dict[str, Pa
 
 
 @pytest.mark.parametrize("name", ["lora", "averaged", "free"])
-def test_the_last_checkpoint_is_what_the_run_exported(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
+def test_the_last_checkpoint_is_what_the_run_exported(name: str, runs: Runs, tmp_path: Path) -> None:
     """To the bit: averaged weights and those of a schedule-free optimizer are the ones to use there, too."""
     run(runs[name], "--step", "last", "--format", "diffusers", "--dtype", "fp32", "--output", tmp_path)
     [file] = tmp_path.iterdir()
@@ -138,7 +155,7 @@ def test_the_last_checkpoint_is_what_the_run_exported(name: str, runs: dict[str,
     assert expected.keys() == found.keys() and all(torch.equal(found[each], expected[each]) for each in expected)
 
 
-def test_a_checkpoint_of_a_whole_model(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_whole_model(runs: Runs, tmp_path: Path) -> None:
     run(runs["dreambooth"], "--step", "2", "--format", "merged", "--dtype", "fp32", "--output", tmp_path)
     unet = "unet/diffusion_pytorch_model.safetensors"
     expected, found = (load_file(path / unet) for path in (runs["dreambooth"] / "model", *tmp_path.iterdir()))
@@ -146,7 +163,7 @@ def test_a_checkpoint_of_a_whole_model(runs: dict[str, Path], tmp_path: Path) ->
 
 
 def test_any_checkpoint_by_its_step_and_the_best_one(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = [json.loads(line) for line in (runs["averaged"] / "log.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["validation"] for line in told if "validation" in line}
@@ -162,7 +179,7 @@ def test_any_checkpoint_by_its_step_and_the_best_one(
 
 
 def test_an_unfinished_run_gives_its_newest_checkpoint(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unfinished = tmp_path / "begun"
     shutil.copytree(runs["averaged"], unfinished, ignore=shutil.ignore_patterns("adapter.safetensors"))
@@ -176,7 +193,7 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(
 
 
 def test_an_adapter_file_without_and_with_its_base(
-    runs: dict[str, Path], tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Runs, tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """To kohya's names and back without the base; with it to a whole model."""
     file = runs["lora"] / "adapter.safetensors"
@@ -239,7 +256,7 @@ def test_alphas_that_differ_by_layer_are_those_of_the_file(tiny_models: dict[str
 
 
 def test_wrong_input(
-    runs: dict[str, Path], tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Runs, tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each is refused before anything is written."""
     file, out = runs["lora"] / "adapter.safetensors", ["--output", tmp_path / "out"]
@@ -263,9 +280,7 @@ def test_wrong_input(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_there_is_not_written_over(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_there_is_not_written_over(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "toybox-kohya.safetensors").write_text("mine")
     said = refused(capsys, runs["toybox"], "--format", "kohya", "merged", "--output", tmp_path)
     assert "not written over" in said and "toybox-kohya.safetensors" in said
@@ -273,7 +288,7 @@ def test_what_is_there_is_not_written_over(
 
 
 def test_another_base_than_the_runs_is_noticed(
-    runs: dict[str, Path], tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Runs, tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The folder that the run names holds another model meanwhile; named with --model, it is taken."""
     moved, base = tmp_path / "moved", tmp_path / "base"

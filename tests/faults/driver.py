@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,10 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="1")
-TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import forked
+
 EVERY = 2
 """Steps from checkpoint to checkpoint."""
 STEPS = 12
@@ -138,41 +140,14 @@ def cold(words: Sequence[str], place: Place, log: Path) -> int:
 
 def warm(words: Sequence[str], place: Place, log: Path) -> int:
     """Fork a process that runs the command line; the process id."""
-    from finetune import cli
 
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        os.setsid()
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
+    def work() -> None:
+        from finetune import cli
+
         os.environ["FINETUNE_CACHE"] = str(place.cache)
         cli.main(words)
-        status = 0
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
-
-def imported() -> None:
-    """Import what a training imports, and compute nothing: no thread is there when a process is forked."""
-    sys.path.insert(0, str(TESTS.parent))
-    import diffusers
-    import peft  # noqa: F401
-    import transformers
-
-    from finetune import demo, export, families, loop, run, shelf  # noqa: F401
-
-    shelf.load("lora")
-    _ = diffusers.StableDiffusionPipeline, transformers.CLIPTextModel, transformers.CLIPTokenizer
+    return forked.apart((log, log), work)
 
 
 def wait(pid: int, until: Callable[[], bool] = lambda: False) -> int | None:
@@ -346,8 +321,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="start python -m finetune each time")
     parser.add_argument("--ask", nargs="*", help="instead: SIGNAL:PHASE, e.g. SIGTERM:training")
     asked = parser.parse_args()
-    sys.path.insert(0, str(TESTS))
-    imported()
+    forked.imported()
     if asked.ask:
         print(json.dumps(ask(asked.folder, [tuple(pair.split(":")) for pair in asked.ask]), indent=1))
         return

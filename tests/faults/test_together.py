@@ -34,7 +34,7 @@ PLANTED = {
 
 def told(root: Path, *cases: str) -> list[dict[str, Any]]:
     words = [sys.executable, str(SCRIPT), str(root), *cases]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60 + 60 * len(cases))
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600 + 60 * len(cases))
     assert done.returncode == 0, done.stderr[-3000:]
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found

@@ -1,7 +1,7 @@
 """Two processes that train together: one of them is asked to stop, killed or fails, or their launcher is asked to.
 
-The launcher is torchrun's own (`elastic_launch`), except that it forks its workers from this process, in which the
-libraries are imported already. `python tests/faults/together.py FOLDER CASE ...` prints what came of each case.
+The launcher is torchrun's own, except that it forks its workers from this process, in which the libraries are imported
+already (`tests/forked.py`). `python tests/faults/together.py FOLDER CASE ...` prints what came of each case.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import argparse
 import json
 import os
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import driver
+import forked
 from driver import Place
 
 WORLD, STEPS = 2, 4
@@ -28,35 +27,19 @@ SLOW = 0.4
 
 def together(words: Sequence[str], place: Place, log: Path, planted: str = "") -> int:
     """Fork a launcher that starts two workers with the command line; its process id. Theirs are in `LOG.RANK`."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        os.setsid()
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        os.environ["FINETUNE_CACHE"] = str(place.cache)
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        config = LaunchConfig(1, 1, WORLD, run_id=log.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-                              start_method="fork", max_restarts=0)  # fmt: skip
-        elastic_launch(config, worker)(list(words), str(log), planted)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+    def work() -> None:
+        os.environ["FINETUNE_CACHE"] = str(place.cache)
+        forked.launched(WORLD, log.name, worker, list(words), str(log), planted)
+
+    return forked.apart((log, log), work)
 
 
 def worker(words: list[str], log: str, planted: str) -> None:
     """What each of them does. `planted`: the name of a function below, which breaks something first."""
     from finetune import cli
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)  # the launcher's, which a fork inherits
+    forked.undisturbed()
     rank = int(os.environ["RANK"])
     Path(f"{log}.{rank}").write_text(str(os.getpid()))
     if planted:
@@ -214,8 +197,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a new folder to train in")
     parser.add_argument("cases", nargs="+", help="PHASE:SIGNAL:WHOM, e.g. caching:SIGTERM:launcher; or what is planted")
     asked = parser.parse_args()
-    sys.path.insert(0, str(driver.TESTS))
-    driver.imported()
+    forked.imported()
     uninterrupted = whole(asked.folder)
     print(json.dumps([case(one, uninterrupted) for one in asked.cases], indent=1))
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import sharded
@@ -53,12 +52,8 @@ def shared_out(given: list[str], stop: int = 0) -> str:
 
 
 def _launched(given: list[str], stop: int) -> subprocess.CompletedProcess[str]:
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT, str(stop)]
     asserted = ["--processes", "2", "--engine", "fsdp", "--accumulation", "1"]
-    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
-    return subprocess.run(
-        [sys.executable, *launch, *given, *asserted], env=environment, capture_output=True, text=True, timeout=300
-    )
+    return forked.run([str(stop), *given, *asserted], 2, SCRIPT)
 
 
 def losses(run: Path) -> list[float]:

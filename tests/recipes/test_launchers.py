@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import apart
+import forked
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,6 @@ from finetune import cli
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-APART = str(ROOT / "tests" / "apart.py")
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +32,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def given(model: Path, pictures: Path, output: Path) -> list[str]:
+    words = ["train", "lora", "--model", str(model), "--data", str(pictures), "--output", str(output)]
+    return [*words, "--prompt", "sks", "--no-prior", "--lr", "1e-2", "--steps", "3", "--tracker", "none"]
+
+
 def launch(
     command: list[str], model: Path, pictures: Path, output: Path, *flags: str
 ) -> subprocess.CompletedProcess[str]:
-    words = ["train", "lora", "--model", str(model), "--data", str(pictures), "--output", str(output)]
-    words += ["--prompt", "sks", "--no-prior", "--lr", "1e-2", "--steps", "3", "--tracker", "none", *flags]
-    return subprocess.run([*command, *words], env=dict(os.environ), capture_output=True, text=True, timeout=300)
+    words = [*command, *given(model, pictures, output), *flags]
+    return subprocess.run(words, env=dict(os.environ), capture_output=True, text=True, timeout=300)
 
 
 def accelerate(tmp_path: Path, **changes: object) -> list[str]:
@@ -51,7 +56,7 @@ def state(run: Path) -> str:
     return json.loads((run / "run.json").read_text())["state"]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_two_processes_are_two_and_end_with_equal_weights(
     launcher: str, tiny_models: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
@@ -68,7 +73,7 @@ def test_processes_that_trained_other_weights_fail(
     tiny_models: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
     """Each process's own weights are looked at here; then one number changes in one of them."""
-    done = launch([*TORCHRUN, APART, str(tmp_path), "1"], tiny_models["sd"], pictures, tmp_path / "run")
+    done = forked.run([str(tmp_path), "1", *given(tiny_models["sd"], pictures, tmp_path / "run")], 2, apart.__file__)
     one, other = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in range(2))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert any(bool(value.any()) for name, value in one.items() if "lora_B" in name), "it has trained"
@@ -76,10 +81,14 @@ def test_processes_that_trained_other_weights_fail(
     assert state(tmp_path / "run") == "failed" and not (tmp_path / "run" / "adapter.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_one_process_where_two_were_asked_for_is_refused(
     tiny_models: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
-    """`accelerate launch --cpu --num_processes 2`, and MULTI_CPU on one machine, start one and say nothing."""
+    """`accelerate launch --cpu --num_processes 2`, and MULTI_CPU on one machine, start one and say nothing.
+
+    (What one process says then is quickly seen in `test_processes.py`.)
+    """
     one = accelerate(tmp_path, distributed_type="MULTI_CPU", use_cpu=True, num_processes=2)
     done = launch([*one, "-m", "finetune"], tiny_models["sd"], pictures, tmp_path / "run", "--processes", "2")
     assert done.returncode != 0 and "--processes 2: 1 would train" in done.stderr

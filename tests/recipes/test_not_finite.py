@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from PIL import Image
@@ -166,14 +164,7 @@ def test_nan_in_one_of_two_processes_is_the_same_for_both(
 ) -> None:
     words = ["lora", "--model", tiny_models["sd"], "--data", pictures, "--prompt", "sks", "--no-prior", "--lr", "1e-3"]
     words += ["--tracker", "none", "--steps", "6", "--checkpoint-every", "2", "--processes", "2"]
-    script = [str(Path(__file__).parents[1] / "poisoned.py"), str(tmp_path), *map(str, words)]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *script],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = forked.run([str(tmp_path), *map(str, words)], 2, Path(__file__).parents[1] / "poisoned.py")
     assert done.returncode == 0, done.stderr[-3000:]
     said = " ".join(done.stderr.split())
     assert said.count("step 4: the loss is nan") == 1 and said.count('.png: "sks"') == 2  # once, of both

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
+import stopping
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,11 +20,8 @@ from finetune.data.cache import Shards
 
 def run(words: list[str], processes: int, cache: Path, stop: int | None = None) -> None:
     """Train in processes of their own; `stop`: until one of them is asked to stop, in this step."""
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    module = ["-m", "finetune"] if stop is None else [str(Path(__file__).parents[1] / "stopping.py"), str(stop)]
-    environment = {**os.environ, "FINETUNE_CACHE": str(cache), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, *module, *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    script, words = ("", words) if stop is None else (stopping.__file__, [str(stop), *words])
+    done = forked.run(words, processes, script, {**os.environ, "FINETUNE_CACHE": str(cache)})
     assert (done.returncode == 0) == (stop is None), done.stderr[-3000:]
     assert stop is None or f"after step {stop} of" in done.stderr, done.stderr[-3000:]
 

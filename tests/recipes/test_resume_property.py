@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -212,14 +211,7 @@ def test_two_processes_stopped_and_resumed_are_the_same_to_the_bit(
     if recipe == "slider":
         words = [*SLIDER, "--model", str(tiny_models["sd"]), "--accumulation", "2"]
     words += ["--processes", "2"]
-    script = [str(Path(__file__).parents[1] / "in_turn.py"), str(tmp_path), "3", *words]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *script],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = forked.run([str(tmp_path), "3", *words], 2, Path(__file__).parents[1] / "in_turn.py")
     assert done.returncode == 0, done.stderr[-3000:]
     made, log = told(tmp_path / "whole")
     assert made and len(log) == STEPS
