@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from finetune.imports import swift
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -85,12 +87,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in HOME:
-        value = getattr(importlib.import_module(f"finetune.{HOME[name]}"), name)
-    elif name in MODULES:
-        value = importlib.import_module(f"finetune.{name}")
-    else:
+    if name not in HOME and name not in MODULES:
         raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+    with swift():
+        module = importlib.import_module(f"finetune.{HOME.get(name, name)}")
+    value = getattr(module, name) if name in HOME else module
     globals()[name] = value
     return value
 

