@@ -183,5 +183,5 @@ def _require_known(config: Any) -> None:
     if hasattr(config, "adapter"):
         from finetune import adapters
 
-        adapters.check(config.adapter, config.optim, config.model)
+        adapters.check(config.adapter, config.optim, config.model, phases.accelerator(config, cpu=True))
     optim.check(config.optim)

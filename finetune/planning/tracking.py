@@ -141,11 +141,10 @@ def measured(work: Callable[[], object], device: torch.device) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=kinds, profile_memory=True, acc_events=True) as profile:
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         work()
-    seen: Any = profile.profiler
-    return _peak(seen.kineto_results.events())
+    seen: Any = profile.kineto_results
+    return _peak(seen.events())
 
 
 def _peak(events: Iterable[Any]) -> int:
