@@ -29,7 +29,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from finetune import checkpoints, data, disk, ema, engine, families, ledger, optim, sharding, signals
+from finetune import checkpoints, data, disk, ema, engine, families, ledger, offload, optim, sharding, signals
 from finetune import config as configuration
 from finetune.adapters import Group
 from finetune.data import Item
@@ -105,6 +105,7 @@ class Run:
             cpu=engine.device() == "cpu",  # else processes on a CPU would each take themselves for the only one
         )
         engine.require(train, self.accelerator)
+        offload.check(getattr(config, "model", Model()), self.accelerator)
         self.optimizer = optim.resolve(optimizer.optimizer, self.device, engine.is_sharding(self.accelerator))
         self.console = Console(quiet=not self.leads)
         self.keeper = Keeper(config, output, train, self.leads)
