@@ -98,11 +98,16 @@ def in_turn(adapted: Sequence[Group], taught: Sequence[Group], pivot: Pivot, ste
 
 
 def require_whole(model: Model) -> None:
-    """Refuse a quantised base where its own weights train."""
+    """Refuse a base that is held otherwise where its own weights train."""
     if model.quantize:
         raise Fault(
             f"--quantize {model.quantize}: the base's own weights train here, and codes of {model.quantize} have no "
             "gradient. Train an adapter, the recipe lora; or take --weights bf16 --precision bf16 to save memory."
+        )
+    if model.offload_blocks:
+        raise Fault(
+            "--offload-blocks: the base's own weights train here, which stay where they are stepped. Train an adapter, "
+            "the recipe lora; or take --optimizer-in-backward --max-grad-norm 0 to save memory."
         )
 
 

@@ -441,7 +441,7 @@ def _blocks(parts: nn.Module) -> list[str]:
 
 
 def _compiled(family: Family, mode: str, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
-    return nullcontext() if mode == "off" else compiling.Blocks(families.denoiser(family), mode, parameters)
+    return nullcontext() if mode == "off" else compiling.Blocks(families.blocks(family), mode, parameters)
 
 
 def _checkpoint_activations(family: Family) -> None:

@@ -29,7 +29,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from finetune import checkpoints, data, disk, ema, engine, families, ledger, optim, sharding, signals
+from finetune import checkpoints, data, disk, ema, engine, families, ledger, offload, optim, sharding, signals
 from finetune import config as configuration
 from finetune.adapters import Group
 from finetune.data import Item
@@ -90,6 +90,7 @@ class Run:
     def __init__(self, config: Any, output: Output, train: Train, optimizer: Optim) -> None:
         """`config` is the recipe's whole configuration, kept with the run. Raises Fault when it cannot run as asked."""
         self.config, self.train = config, train
+        model: Model = getattr(config, "model", Model())
         self.folder, self.tracker = output.output, output.tracker
         self.settings = configuration.asdict(config)
         self.watch = Watch.now or Watch()
@@ -106,7 +107,8 @@ class Run:
             cpu=engine.device() == "cpu",  # else processes on a CPU would each take themselves for the only one
         )
         engine.require(train, self.accelerator)
-        compiling.require(train, self.accelerator)
+        offload.check(model, self.accelerator)
+        compiling.require(train, model, self.accelerator)
         self.optimizer = optim.resolve(optimizer.optimizer, self.device, engine.is_sharding(self.accelerator))
         self.console = Console(quiet=not self.leads)
         self.keeper = Keeper(config, output, train, self.leads)

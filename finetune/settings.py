@@ -37,6 +37,10 @@ class Model:
     quantize: Quantization | None = None
     """Hold the frozen weights of the denoiser's linear layers, and of T5's or Qwen3's, in 4 bits (nf4: QLoRA, Dettmers
     et al. 2023, 2305.14314) or 8 (int8, 2208.07339). Under an adapter alone, and not under each: docs/methods.md."""
+    offload_blocks: bool = False
+    """Keep the frozen weights of the denoiser's blocks in the CPU's memory, and bring each block to the GPU for its own
+    pass, the next one meanwhile: two blocks are held at a time. The same training to the bit, in more time. Under
+    adapters and new words, in one process; docs/memory.md."""
     clip_skip: int | None = None
     """Which layer of CLIP is read, as clients count: 1 is the last, 2 the last but one (diffusers' clip_skip=1).
     Default: the checkpoint's own, 1 for Stable Diffusion 1.x and 2.x, 2 for XL; of adapters that are drawn with, what

@@ -94,17 +94,6 @@ def test_compiled_to_machine_code(train: Training) -> None:
     assert_the_same(train("compiled", "sd", "--no-prior", "--compile", "blocks"), train("plain", "sd", "--no-prior"))
 
 
-class Model(nn.Module):
-    _no_split_modules = ("Block", "Pair")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.pair = Block(), Pair()
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.pair(self.first(x))
-
-
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -112,15 +101,6 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.layer(x)
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.other = Block(), Block()
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.other(self.one(x))
 
 
 def test_blocks_are_compiled_where_they_learn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,10 +112,11 @@ def test_blocks_are_compiled_where_they_learn_alone(monkeypatch: pytest.MonkeyPa
         return partial(_called, called, forward)
 
     monkeypatch.setattr(torch, "compile", counted)
-    model, x = Model(), torch.ones(1, 2)
-    model.first.requires_grad_(False)
-    learn = list(model.pair.parameters())
-    blocks = compiling.Blocks(model, "graphs", [*learn, *model.first.parameters()])
+    first, one, other = (Block() for _ in range(3))
+    model, x = nn.Sequential(first, one, other), torch.ones(1, 2)
+    first.requires_grad_(False)
+    learn = [*one.parameters(), *other.parameters()]
+    blocks = compiling.Blocks([first, one, other], "graphs", [*learn, *first.parameters()])
     expected = torch.autograd.grad(model(x).sum(), learn)
     assert not called
     with blocks:
@@ -144,8 +125,8 @@ def test_blocks_are_compiled_where_they_learn_alone(monkeypatch: pytest.MonkeyPa
             model(x)
         assert not called
         model(x).sum().backward()
-    assert called == [model.pair.one, model.pair.other]
-    assert all(p.grad is g for p, g in zip(learn, held, strict=True)) and model.first.layer.weight.grad is None
+    assert called == [one, other]
+    assert all(p.grad is g for p, g in zip(learn, held, strict=True)) and first.layer.weight.grad is None
     torch.testing.assert_close(held, list(expected))
     model(x)
     assert len(called) == 2 and not any("forward" in vars(module) for module in model.modules())
@@ -161,6 +142,7 @@ def _called(called: list[nn.Module], forward: Any, *given: Any) -> Any:
     [
         (["lora", "--compile", "graphs"], "CUDA graphs need a GPU"),
         (["lora", "--compile", "blocks"], "Install g++"),
+        (["lora", "--compile", "blocks", "--offload-blocks"], "would be compiled each time"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(

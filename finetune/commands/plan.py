@@ -17,7 +17,7 @@ class Config:
     weights. All options of `finetune train RECIPE` may follow; what they say is kept unless it does not fit."""
 
     recipe: str = "lora"
-    """The recipe: lora or dreambooth, or a file of your own that trains as they do."""
+    """The recipe: one of those that come with the package, or a file of your own with settings like theirs."""
     vram: str | None = None
     """Memory of the GPU that it is to fit, e.g. 8GB. Default: the settings are taken as they are."""
     cpu: bool = False

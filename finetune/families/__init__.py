@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from finetune import offload
 from finetune.errors import Fault
 from finetune.families import quantized
 from finetune.families.base import (
@@ -18,6 +19,7 @@ from finetune.families.base import (
     Family,
     TakesTokens,
     beside,
+    blocks,
     chunks,
     denoiser,
     encode_sources,
@@ -49,6 +51,7 @@ __all__ = [
     "Source",
     "TakesTokens",
     "beside",
+    "blocks",
     "chunks",
     "denoiser",
     "encode_sources",
@@ -107,6 +110,8 @@ def load(source: Source, dtype: torch.dtype = torch.float32, device: torch.devic
     _set_reading(family, source)
     if source.quantize:
         quantized.quantize(family, source.quantize, device)
+    if source.offload_blocks:
+        offload.put_on(denoiser(family), blocks(family), device)
     family.pipeline.to(device)
     freeze(family)
     return family

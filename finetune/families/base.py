@@ -219,6 +219,16 @@ def denoiser(family: Family) -> nn.Module:
     return getattr(family.pipeline, family.denoiser_name)
 
 
+def blocks(family: Family) -> list[nn.Module]:
+    """The denoiser's blocks, which hold nearly all of its weights: the innermost of those parts that diffusers says are
+    not to be taken apart; in a UNet's order from one end to the other."""
+    part: Any = denoiser(family)
+    named = set(part._no_split_modules or ())
+    found = {path: module for path, module in part.named_modules() if type(module).__name__ in named}
+    inner = [path for path in found if not any(other.startswith(f"{path}.") for other in found)]
+    return [found[path] for path in sorted(inner, key=lambda path: path.partition(".")[0])]  # down, mid, up
+
+
 def takes_mask(family: Family) -> bool:
     """Whether the denoiser is told what is drawn anew, 1 there, and the latents of the picture without it, together
     (B, 1 + C, h, w): an inpainting checkpoint."""

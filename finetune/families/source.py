@@ -39,6 +39,7 @@ class Source:
     revision: str | None = None
     model_config: str | None = None
     quantize: str | None = None
+    offload_blocks: bool = False
     clip_skip: int | None = None
     text_chunks: int | None = None
 

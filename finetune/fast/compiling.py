@@ -1,4 +1,4 @@
-"""The denoiser's repeated blocks compiled: regional `torch.compile`, and CUDA graphs of it, on while a step learns.
+"""The denoiser's blocks compiled: regional `torch.compile`, and CUDA graphs of it, on while a step learns.
 
 Compiling a block of a kind takes seconds where the whole model takes minutes, and the other blocks of its kind share
 it (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
@@ -7,7 +7,7 @@ it (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 
 from finetune import engine
 from finetune.errors import Fault
-from finetune.settings import Train
+from finetune.settings import Model, Train
 
 SHAPES = 64
 """Widths and sizes of pictures that are compiled for, each kind of block; what is beyond runs as it is"""
@@ -33,10 +33,10 @@ class Blocks:
     what PyTorch's CUDA graphs made is overwritten by the next one unless a backward pass still needs it.
     """
 
-    def __init__(self, denoiser: nn.Module, mode: str, parameters: Sequence[nn.Parameter]) -> None:
-        """`mode`: a key of MODES; `parameters`: those that learn"""
+    def __init__(self, blocks: Sequence[nn.Module], mode: str, parameters: Sequence[nn.Parameter]) -> None:
+        """`blocks`: see `families.blocks`; `mode`: a key of MODES; `parameters`: those that learn"""
         how: dict[str, Any] = {"mode": MODES[mode], "recompile_limit": SHAPES}
-        self._compiled = {block: torch.compile(block.forward, **how) for block in _repeated(denoiser)}
+        self._compiled = {block: torch.compile(block.forward, **how) for block in blocks}
         self._held = parameters if mode == "graphs" else ()
 
     def __enter__(self) -> None:
@@ -60,14 +60,7 @@ def _learning(
     return (compiled if learns else plain)(*given, **named)
 
 
-def _repeated(denoiser: nn.Module) -> Iterator[nn.Module]:
-    """The smallest of what the libraries call blocks: transformers' blocks, and a UNet's residual blocks."""
-    names = set(getattr(denoiser, "_no_split_modules", None) or ())
-    blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
-    return (block for block in blocks if not any(inner in blocks for inner in block.modules() if inner is not block))
-
-
-def require(train: Train, accelerator: Accelerator) -> None:
+def require(train: Train, model: Model, accelerator: Accelerator) -> None:
     """Refuse what cannot be compiled. Needs no model."""
     if train.compile == "off":
         return
@@ -75,6 +68,8 @@ def require(train: Train, accelerator: Accelerator) -> None:
     if engine.is_sharding(accelerator):
         title = engine.SHARDING[engine.running(accelerator)]
         raise Fault(f"{asked}: not tried with {title}, which takes the blocks apart. Leave the one or the other out.")
+    if model.offload_blocks:
+        raise Fault(f"{asked} --offload-blocks: blocks that are brought anew each time would be compiled each time.")
     if accelerator.device.type == "cpu":
         if train.compile == "graphs":
             raise Fault(f"{asked}: CUDA graphs need a GPU. Say --compile blocks, or leave it out.")

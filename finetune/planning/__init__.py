@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from finetune import data, engine, optim
+from finetune import adapters, data, engine, offload, optim, sliders
 from finetune.errors import Fault
 from finetune.families import Source
 from finetune.planning import blank, ladder, phases, tracking
 from finetune.planning.phases import Taken
+from finetune.settings import Data
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB
@@ -124,14 +125,14 @@ def make(config: Any, vram: str | None, *, cpu: bool = False, measure: bool = Fa
     context = 0.0 if cpu else CONTEXT
 
     def take(config: Any) -> Taken:
-        load = partial(blank.family, source, engine.DTYPES[config.train.precision])
+        load = partial(blank.family, Source(**vars(config.model)), engine.DTYPES[config.train.precision], cpu)
         return phases.imagined(config, load, sized(config), kernels=cpu)
 
     factor, seen = 1.0, None
     room = None if bound is None else bound - context
     found = ladder.find(config, side, take, room)
     if measure:
-        seen = phases.measured(found.config, source, sized(found.config))
+        seen = phases.measured(found.config, Source(**vars(found.config.model)), sized(found.config))
         factor = seen.peak / found.taken.peak
         if room is not None and seen.peak > room:
             found = ladder.find(config, side, take, room / factor)
@@ -157,8 +158,9 @@ def sizes(config: Any, source: Source) -> tuple[int, Callable[[Any], tuple[int, 
     with tracking.imagined():
         family = blank.family(source, engine.DTYPES[config.train.precision])
         side, multiple = family.resolution(), family.multiple()
-    named = config.data.data is not None or bool(config.data.concepts)
-    examples = data.read(config.data, config.captions, config.train.seed)[0] if named else []
+    told = getattr(config, "data", Data())  # a slider has no pictures
+    named = told.data is not None or bool(told.concepts)
+    examples = data.read(told, config.captions, config.train.seed)[0] if named else []
 
     def largest(config: Any) -> tuple[int, int]:
         sides = config.framing.resolution or (side,)
@@ -171,17 +173,15 @@ def sizes(config: Any, source: Source) -> tuple[int, Callable[[Any], tuple[int, 
 
 
 def _require_known(config: Any) -> None:
-    groups = ("prior", "data", "train", "optim", "framing", "samples", "loss")
-    kinds = [name for name in ("adapter", "full") if hasattr(config, name)]
-    if len(kinds) != 1 or hasattr(config, "words") or not all(hasattr(config, name) for name in groups):
-        raise Fault("no plan is made of this recipe yet: of lora and dreambooth, and of recipes made of these.")
-    if config.model.quantize:
-        raise Fault(
-            f"--quantize {config.model.quantize}: no plan is made of a quantised base yet. Plan without it: it takes "
-            "less with it."
-        )
+    groups = ("model", "train", "optim", "framing", "samples", "loss")
+    kinds = [name for name in ("adapter", "full", "words") if hasattr(config, name)]
+    if not kinds or not all(hasattr(config, name) for name in groups):
+        raise Fault("no plan is made of this recipe: it has not the settings of those that come with the package.")
+    offload.check(config.model, phases.accelerator(config, cpu=True))
+    if hasattr(config, "full"):
+        adapters.require_whole(config.model)
     if hasattr(config, "adapter"):
-        from finetune import adapters
-
-        adapters.check(config.adapter, config.optim, config.model)
+        adapters.check(config.adapter, config.optim, config.model, phases.accelerator(config, cpu=True))
+    if hasattr(config, "slider"):
+        sliders.check(config.slider, config.adapter)
     optim.check(config.optim)

@@ -12,10 +12,11 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from finetune import families
+from finetune import families, offload
 from finetune.errors import Fault
 from finetune.families import Family, Source
 from finetune.families.source import _hub_faults, without
+from finetune.planning import codes
 from finetune.quiet import quiet
 
 TOLD = ["*.json", "*.txt", "*.model"]
@@ -40,8 +41,8 @@ def folder(source: Source) -> Path:
         return Path(snapshot_download(source.model, revision=source.revision, allow_patterns=TOLD))
 
 
-def family(source: Source, dtype: torch.dtype) -> Family:
-    """As `families.load` has it, but for quantising: frozen, the VAE in float32."""
+def family(source: Source, dtype: torch.dtype, cpu: bool = True) -> Family:
+    """As `families.load` has it: frozen, the VAE in float32. `cpu`: as its layers are computed there."""
     root = folder(source)
     families.known(source.pipeline_class())
     index = json.loads((root / "model_index.json").read_text())
@@ -54,6 +55,10 @@ def family(source: Source, dtype: torch.dtype) -> Family:
     pipeline.set_progress_bar_config(disable=True)
     made = families.wrap(pipeline)
     families._set_reading(made, source)
+    if source.quantize:
+        codes.quantize(made, source.quantize, cpu)
+    if source.offload_blocks:
+        offload.put_on(families.denoiser(made), families.blocks(made), "cpu")
     families.freeze(made)
     return made
 

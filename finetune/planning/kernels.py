@@ -20,15 +20,18 @@ aten = torch.ops.aten
 
 
 def convolution(x: Tensor, weight: Tensor, *rest: Any) -> int:
-    """x, W and y at once, then y in both layouts."""
+    """x, W and y at once, then y in both layouts; of pictures whose channels stand together, as after the VAE's
+    attention, W alone is copied."""
     transposed, padding = rest[4], rest[2]
     if transposed:
         return 0
-    inner = _blocked(x.shape) if x.shape[1] >= BLOCK else 0  # else x stays as it is
     made = _convolved(x, weight, rest[1], padding, rest[3])
     if x.shape[0] == 1 and x.numel() <= SMALL:
         columns = prod(weight.shape[1:]) * prod(made[2:]) if prod(weight.shape[2:]) > 1 else 0
         return x.element_size() * (columns + prod(made))
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return x.element_size() * (weight.numel() + prod(made))
+    inner = _blocked(x.shape) if x.shape[1] >= BLOCK else 0  # else x stays as it is
     outer = _blocked(made)
     return x.element_size() * max(inner + weight.numel() + outer, outer + prod(made))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from finetune.methods import METHODS
 from finetune.planning.phases import Taken
 
 SMALLEST, GRAIN = 256, 64
@@ -51,7 +52,10 @@ class Plan:
         used: dict[str, str] = {}
         for row in self.rows:
             for flag in f" {row.flags}".split(" --")[1:] if row.used else ():
-                used[flag.split()[0]] = f"--{flag}"
+                name = flag.split()[0]
+                used[name] = f"--{flag}"
+                if name.startswith("no-"):  # what an earlier rung asked for
+                    del used[name], used[name.removeprefix("no-")]
         return " ".join(used.values())
 
 
@@ -97,6 +101,14 @@ def rungs(config: Any, side: int) -> Iterator[Rung]:
         flags = "--weights bf16" + (" --precision bf16" if train.precision != "bf16" else "")
         cost = "weights are rounded by chance"
         yield _rung(config, flags, cost, full={"weights": "bf16"}, train={"precision": "bf16"})
+    whole = config.model.quantize is None and not config.model.offload_blocks
+    if full is None and whole:
+        yield _rung(config, "--offload-blocks", "weights are sent in twice a step", model={"offload_blocks": True})
+    bases = METHODS[config.adapter.method].bases if hasattr(config, "adapter") else ()
+    for kind, cost in (("int8", "the base in 8 bits, more time"), ("nf4", "the base in 4 bits, more time")):
+        if config.model.quantize is None and kind in bases:
+            flags = f"--quantize {kind}" + ("" if whole else " --no-offload-blocks")
+            yield _rung(config, flags, cost, model={"quantize": kind, "offload_blocks": False})
     smaller = max(config.framing.resolution, default=side) * 3 // 4 // GRAIN * GRAIN
     if smaller >= SMALLEST:
         yield _rung(config, f"--resolution {smaller}", "smaller pictures", framing={"resolution": (smaller,)})

@@ -16,17 +16,19 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from finetune import adapters, class_pictures, engine, families, prompting, sampling
+from finetune import adapters, class_pictures, engine, families, offload, prompting, sampling, sliders
+from finetune.config import asdict, new_words
 from finetune.data import Example, Geometry, Item
 from finetune.data.cache import Memory
 from finetune.data.encoding import Encodings, release_frozen
 from finetune.families import Conditions, Family, Source
 from finetune.loop import Training
 from finetune.planning import tracking
+from finetune.settings import Prior
 
 STEPS = 2
 """In the first the optimizer's state comes to be, in the second it stands beside the activations"""
-CAPTION = "a photo of sks dog"
+CAPTION, WORD = "a photo of sks dog", "sks-dog"
 Meter = Callable[[str, Family, Callable[[], object]], int]
 """Of a phase's work: the most bytes of tensors while it is done, weights included"""
 
@@ -84,8 +86,15 @@ def imagined(config: Any, load: Callable[[], Family], size: tuple[int, int], ker
             flops[name] = live.flops - before
             return live.peak
 
-        peaks = run(config, load(), size, meter, accelerator(config, cpu=True), lambda family: _filled(family, load()))
-        return Taken(peaks, flops["train"] // STEPS)
+        def loaded() -> Family:
+            family = load()
+            for weight in () if kernels else offload.weights(_part(family)):
+                live.leave(weight)
+            return family
+
+        alone = accelerator(config, cpu=True)
+        peaks = run(config, loaded(), size, meter, alone, lambda family: _filled(family, loaded()))
+        return Taken(peaks, flops["train"] // _steps(config))
 
 
 def measured(config: Any, source: Source, size: tuple[int, int]) -> Taken:
@@ -120,7 +129,7 @@ def run(
 ) -> dict[str, int]:
     """Go through the phases of a run by these settings; size: height and width of the pictures; `restore`: brings
     back the parts that leave the memory to train."""
-    config = replace(config, train=replace(config.train, steps=STEPS + 1))
+    config = replace(config, train=replace(config.train, steps=_steps(config) + 1))
     peaks = {"encode": meter("encode", family, lambda: _encode(family, size))}
     if draws(config):
         count = class_pictures.BATCH
@@ -150,8 +159,18 @@ def _filled(family: Family, other: Family) -> None:
 
 def draws(config: Any) -> bool:
     """Whether class pictures are drawn before the training."""
-    prior = config.prior
-    return bool(prior.prior and prior.prior_from == "pictures" and prior.class_data is None)
+    prior = _prior(config)
+    return hasattr(config, "slider") or (prior.prior and prior.prior_from == "pictures" and prior.class_data is None)
+
+
+def _prior(config: Any) -> Prior:
+    """Of a recipe that knows none: none."""
+    return getattr(config, "prior", Prior(prior=False))
+
+
+def _steps(config: Any) -> int:
+    """Where a word and an adapter train in turn, each has its own."""
+    return 2 * STEPS if hasattr(config, "pivot") else STEPS
 
 
 def accelerator(config: Any, cpu: bool) -> Accelerator:
@@ -161,10 +180,14 @@ def accelerator(config: Any, cpu: bool) -> Accelerator:
 
 
 def _groups(config: Any, family: Family) -> list[adapters.Group]:
-    rates = config.optim.lr, config.optim.text_encoder_lr
-    if hasattr(config, "adapter"):
-        return adapters.adapt(family, config.adapter, *rates, config.train.seed)
-    return adapters.full(family, *rates, config.full.weights, config.full.parts)
+    rates, seed = (config.optim.lr, config.optim.text_encoder_lr), config.train.seed
+    if hasattr(config, "full"):
+        return adapters.full(family, *rates, config.full.weights, config.full.parts)
+    adapted = adapters.adapt(family, config.adapter, *rates, seed) if hasattr(config, "adapter") else []
+    if not hasattr(config, "words"):
+        return adapted
+    taught = adapters.teach(family, new_words(asdict(config)) or [WORD], config.words, config.optim.lr, seed)
+    return adapters.in_turn(adapted, taught, config.pivot, _steps(config)) if adapted else taught
 
 
 def _part(family: Family) -> Any:
@@ -200,7 +223,7 @@ def _train(
     data = _encodings(config, family, size)
     full = getattr(config, "full", None)
     training = Training(family, groups, data, config.train, config.optim, config.loss, accelerator, full)
-    for _ in islice(training, STEPS):
+    for _ in islice(training, _steps(config)):
         pass
     return training
 
@@ -209,11 +232,13 @@ def _encodings(config: Any, family: Family, size: tuple[int, int]) -> Blank:
     """As many pictures as a step has, and as many beside them where the prior is kept."""
     count = config.train.batch_size * config.train.accumulation
     view = Geometry(size, (0, 0), size)
-    own = Example(Path("picture.png"), (CAPTION,))
-    asks = config.prior.prior_from == "base" and hasattr(config, "adapter")
+    prior, own = _prior(config), Example(Path("picture.png"), (CAPTION,))
+    if hasattr(config, "slider"):
+        own = replace(own, taught=True, leaning=sliders.direction(config.slider), strength=1.0)
     subjects = [Item(own, (view,), own.captions)] * count
-    class_ = replace(own, taught=asks, weight=config.prior.prior_weight)
-    companions = [Item(class_, (view,), class_.captions)] * count if config.prior.prior else []
+    asks = prior.prior_from == "base" and hasattr(config, "adapter")
+    class_ = replace(own, taught=asks, weight=prior.prior_weight)
+    companions = [Item(class_, (view,), class_.captions)] * count if prior.prior else []
     trained = any(p.requires_grad for e in families.text_encoders(family).values() for p in e.parameters())
     return Blank(
         subjects, companions, Memory(), None if trained else Memory(), "", "", factor=family.latents()[1],

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from finetune.planning.kernels import KERNELS
+from finetune.planning import codes, kernels
 
 MEMORY = "[memory]"
 """What PyTorch's profiler calls what its allocator does"""
@@ -26,8 +26,10 @@ KNOWN = 256
 FLASH = 1
 """The attention that PyTorch takes for tensors with data: without the matrix of weights"""
 aten = torch.ops.aten
+KERNELS = {**kernels.KERNELS, **codes.KERNELS}
 COUNTED: dict[Any, Callable[..., int]] = {
     **flop_registry,
+    **codes.COUNTED,
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **named: sdpa_flop_count(
         q.shape, k.shape, v.shape
     ),
@@ -55,6 +57,7 @@ class Live(TorchDispatchMode):
         self.peak = 0
         """The most since the last `begin`"""
         self._known: dict[int, weakref.ref[Any]] = {}
+        self._sizes: dict[int, int] = {}
 
     def begin(self) -> None:
         """Forget the peak so far."""
@@ -86,11 +89,17 @@ class Live(TorchDispatchMode):
 
         def gone(_: object) -> None:
             del self._known[key]
-            self.held -= size
+            self.held -= self._sizes.pop(key)
 
-        self._known[key] = weakref.ref(storage, gone)
+        self._known[key], self._sizes[key] = weakref.ref(storage, gone), size
         self.held += size
         self.peak = max(self.peak, self.held)
+
+    def leave(self, tensor: Tensor) -> None:
+        """Do not count a tensor's storage any more: it is in another memory."""
+        key = tensor.untyped_storage()._cdata
+        self.held -= self._sizes.get(key, 0)
+        self._sizes[key] = 0
 
 
 @contextmanager
@@ -127,7 +136,7 @@ def held_by(values: Any) -> int:
     """Bytes of the storages of the tensors among values, of modules their weights and buffers."""
     parts = [value for value in tree_iter(values) if isinstance(value, nn.Module)]
     tensors = [value for value in tree_iter(values) if isinstance(value, Tensor)]
-    tensors += [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+    tensors += [tensor for part in parts for tensor in (*part.parameters(), *part.buffers(), *codes.beside(part))]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -141,11 +150,10 @@ def measured(work: Callable[[], object], device: torch.device) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=kinds, profile_memory=True, acc_events=True) as profile:
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         work()
-    seen: Any = profile.profiler
-    return _peak(seen.kineto_results.events())
+    seen: Any = profile.kineto_results
+    return _peak(seen.events())
 
 
 def _peak(events: Iterable[Any]) -> int:

@@ -135,7 +135,7 @@ def _source(facts: Facts) -> Source:
 
     if not facts.whole:
         return Source(**facts.settings["model"])
-    reads = {name: facts.flat.get(name) for name in ("clip_skip", "text_chunks")}
+    reads: dict[str, Any] = {name: facts.flat.get(name) for name in ("clip_skip", "text_chunks")}
     return Source(str(facts.run / MODEL), **reads)
 
 

@@ -38,7 +38,8 @@ def test_cheap_rungs_come_first_and_those_that_save_nothing_are_left_out() -> No
     assert [row.saves for row in plan.rows] == [0, 200, 150]
     plan = ladder.find(asked, 1024, taken, 101)
     assert plan.fits and plan.flags.endswith("--accumulation 8 --precision bf16 --resolution 768")
-    assert [(row.flags, row.saves) for row in plan.rows if not row.used] == [("--optimizer adamw8bit", 0)]
+    unused = [("--optimizer adamw8bit", 0), ("--quantize int8", 0), ("--quantize nf4", 0)]
+    assert [(row.flags, row.saves) for row in plan.rows if not row.used] == unused
     assert plan.config.train.batch_size == 1 and plan.config.framing.resolution == (768,)
     assert plan.config.optim == asked.optim
 
@@ -63,6 +64,14 @@ def test_full_weights_have_rungs_of_their_own() -> None:
         "--weights bf16 --precision bf16",
         "--resolution 384",
     ]
+
+
+def test_a_base_is_quantised_where_the_method_works_on_it_and_it_is_not_yet() -> None:
+    def offered(*words: str) -> list[str]:
+        return [rung.flags for rung in ladder.rungs(settings("lora", *words), 256) if "quantize" in rung.flags]
+
+    assert offered() == ["--quantize int8", "--quantize nf4"]
+    assert offered("--quantize", "nf4") == [] == offered("--method", "boft")
 
 
 @pytest.mark.parametrize(("said", "bytes_"), [("8GB", 2**33), ("7.5 GiB", 7.5 * 2**30), ("600M", 600 * 2**20)])

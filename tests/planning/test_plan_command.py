@@ -57,7 +57,7 @@ def test_plan_reads_no_weights_and_says_what_does_not_fit(
     ("words", "said"),
     [
         (["--vram", "much"], "an amount of memory"),
-        (["--quantize", "nf4"], "no plan is made of a quantised base yet"),
+        (["--recipe", "dreambooth", "--quantize", "nf4"], "have no gradient"),
         (["--model", "no-such-folder.safetensors"], "there is no such checkpoint file"),
     ],
 )

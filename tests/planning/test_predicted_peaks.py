@@ -13,8 +13,14 @@ from finetune.families import Source
 from finetune.planning import blank, phases, tracking
 
 FULL = "--weights bf16 --precision bf16 --optimizer-in-backward --max-grad-norm 0"
-CASES = [("sd", "lora", ""), ("sdxl", "lora", "--precision bf16 --gradient-checkpointing")]
+CASES = [("sd", "textual_inversion", ""), ("flux", "lora", "--quantize nf4 --gradient-checkpointing")]
 SLOW = [
+    ("sd", "lora", ""),
+    ("sdxl", "lora", "--precision bf16 --gradient-checkpointing"),
+    ("sdxl", "lora", "--quantize nf4"),
+    ("sdxl", "lora", "--quantize int8 --precision bf16"),
+    ("sd", "pivotal", ""),
+    ("flux", "slider", "--target a --positive b --negative c"),
     ("sd", "lora", "--class-prompt dog --sample-every 5 --batch-size 2"),
     ("sd", "lora", "--gradient-checkpointing --text-encoder-lr 1e-5"),
     ("sd", "dreambooth", "--optimizer adamw8bit"),
@@ -37,7 +43,8 @@ def test_predicted_peaks_are_those_measured(
 ) -> None:
     """Each phase within 10 %, and so the whole."""
     monkeypatch.setattr(engine, "device", lambda: "cpu")
-    prior = [] if "--class-prompt" in words else ["--no-prior"]
+    knows = recipe in ("lora", "dreambooth", "pivotal") and "--class-prompt" not in words
+    prior = ["--no-prior"] if knows else []
     given = ["--output", "run", "--model", str(tiny_models[kind]), *prior, *words.split()]
     settings = config.parse(shelf.load(recipe).Config, given, "train")
     source, dtype = Source(**vars(settings.model)), engine.DTYPES[settings.train.precision]
