@@ -6,18 +6,21 @@ import re
 from pathlib import Path
 
 import live
+import measured
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from finetune import adapters, cli, families, loop, shelf
 from finetune.adapters import INITIAL, NAME
+from finetune.data import read_plain
 from finetune.errors import Fault
 from finetune.export.carried import carried
 from finetune.export.compare import encoding, prediction
 from finetune.families import Family, Source
-from finetune.settings import Adapter
+from finetune.settings import Adapter, Loss
 
 
 def adapted(folder: Path, text: float | None = None, dtype: torch.dtype = torch.float32, **settings: object) -> Family:
@@ -50,6 +53,36 @@ def test_what_an_initialisation_begins_with_is_taken_off_again(
         assert torch.equal(begun, -layer.get_delta_weight(INITIAL))
     trained = {name for name, p in family.pipeline.unet.named_parameters() if p.requires_grad}
     assert trained and all(f".{NAME}." in name for name in trained)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("method", ["lora", "oft", "boft", "ia3"])
+def test_gradients_are_those_by_differences(
+    kind: str, method: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Along its gradient the loss rises by the gradient's norm, also where so little is heard of it that few steps
+    show nothing."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "0.png")
+    settings = Adapter(method, rank=4) if method != "ia3" else Adapter(method)
+    family = families.load(Source(str(tiny_models[kind])))
+    encodings = measured.encoded(family, read_plain(tmp_path, "a photo of sks dog"))
+    adapters.adapt(family, settings, 1e-3, None, 0)
+    trained = [p for p in families.denoiser(family).parameters() if p.requires_grad]
+    (batch,), measure = measured.batches(encodings, 2), loop.PictureLoss(family, encodings, Loss())
+
+    def loss() -> Tensor:
+        return (batch.shares * measure(batch)).sum()
+
+    gradients = torch.autograd.grad(loss(), trained)
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    answers = []
+    with torch.no_grad():
+        for shift in (1e-2, -2e-2):
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.add_(shift * gradient / norm)
+            answers.append(loss())
+    assert norm > 0
+    assert (answers[0] - answers[1]).item() / 2e-2 == pytest.approx(norm.item(), rel=2e-2)
 
 
 def test_initialisations_are_pefts(tiny_models: dict[str, Path]) -> None:
