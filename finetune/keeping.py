@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,14 @@ class Keeper:
         self.entry = ledger.write(self.folder, now)
         self._begun = True
 
-    def go_on(self, training: Training, base: str) -> str | None:
+    def go_on(self, training: Training, base: Callable[[], str]) -> str | None:
         """Load the newest whole checkpoint where a run is resumed. What there is to say of it.
+
+        `base`: the base's identity, asked for when it is needed: it takes a second for each gigabyte.
 
         Raises Fault when settings, base or data are not those that it was made with.
         """
-        order = training.batches.order
-        items = [*order.subjects, *order.companions, *training.batches.data.held]
-        self.identity = {"base": base, "data": _identity(items), "pictures a step": str(order.batch)}
+        self._training, self._base = training, base
         if not self.resume:
             return None
         found, broken = checkpoints.newest(self.folder)
@@ -108,6 +109,13 @@ class Keeper:
         if self.leads:
             _cut(self.folder / LOG, found.step)
         return "; ".join([*said, f"goes on after step {found.step}"])
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint is of, besides its settings."""
+        batches = self._training.batches
+        items = [*batches.order.subjects, *batches.order.companions, *batches.data.held]
+        return {"base": self._base(), "data": _identity(items), "pictures a step": str(batches.order.batch)}
 
     def roll_back(self, training: Training) -> str | None:
         """Go back to the last checkpoint, at half the rate. What to say; None without one, or after three times."""

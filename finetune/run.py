@@ -191,7 +191,7 @@ class Run:
 
     def resume(self, training: Training, source: Source) -> None:
         """Where --resume asks for it, go on from the newest whole checkpoint."""
-        if said := self.keeper.go_on(training, source.identity()):
+        if said := self.keeper.go_on(training, source.identity_later()):
             self.say(said)
 
     def steps(self, training: Training, measured: Measures = UNMEASURED) -> Iterator[int]:

@@ -72,6 +72,21 @@ def test_questions_and_slips_are_answered_before_anything_heavy_is_imported(word
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0, "seconds of the processor"
 
 
+def test_a_training_imports_nothing_that_it_does_not_use(tmp_path: Path) -> None:
+    """PyTorch's compiler (0.9 s), and what else is installed beside: statistics, tables, plots, other data sets."""
+    unused = ["torch._inductor.compile_fx", "networkx", "scipy.stats._stats_py", "pandas", "datasets", "matplotlib"]
+    code = (
+        "import sys\nfrom finetune.cli import main\nmain(sys.argv[2:])\n"
+        "print('imported:', *{*sys.argv[1].split()} & {*sys.modules})"
+    )
+    words = ["train", "lora", "--config", "lora-toybox-subject", "--data", str(shelf.datasets() / "gizmo" / "pictures")]
+    words += ["--prompt", "a photo of zxq", "--no-prior", "--output", str(tmp_path / "run"), "--steps", "1"]
+    words += ["--measure", "off", "--sample-every", "0", "--cache", str(tmp_path / "cache")]
+    done = subprocess.run([sys.executable, "-c", code, " ".join(unused), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().splitlines()[-1] == "imported:"
+
+
 def test_a_misspelt_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped("train", "lora", "--data", "d", "--output", "o", "--lerning-rank", "8") == 2
     assert stopped("train", "lora", "--data", "d", "--output", "o", "--sample-promps", "a toy") == 2

@@ -35,6 +35,8 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
+from finetune.imports import swift
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -56,7 +58,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from finetune.export import inspection
+    with swift():
+        from finetune.export import inspection
 
     told = inspection.inspect(config.file)
     if config.json:

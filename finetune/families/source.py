@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 EMBEDDED = "toybox"
 STEMS = ("diffusion_pytorch_model", "model")
 """What diffusers and transformers call the weights of a part."""
+CHANGED = "its files were changed while it was trained"
+"""Instead of a model's identity"""
 
 
 @dataclass(frozen=True)
@@ -117,15 +119,39 @@ class Source:
 
     def identity(self) -> str:
         """A name for exactly this model: a hash of its weights, configuration and tokenizer, or the hub's commit."""
-        if self.folder is not None:
-            files = [path for path in self.folder.rglob("*") if path.suffix in (".safetensors", ".json", ".txt")]
-            return _hash(sorted(files), self.folder)
-        if self.file is not None:
-            return _hash([self.file], self.file.parent)
+        if root := self.folder or (self.file and self.file.parent):
+            return _hash(self._files(), root)
         from huggingface_hub import model_info
 
         with _hub_faults(self):
             return f"{self.model}@{model_info(self.model, revision=self.revision).sha}"
+
+    def identity_later(self) -> Callable[[], str]:
+        """The same, found out when it is asked for; `CHANGED` where the files that are there now were changed by then,
+        so that what was made with them is not taken for made with the others."""
+        if self.folder is None and self.file is None:
+            now = self.identity()  # the hub's latest may be another one then
+            return lambda: now
+        before = self._stamps()
+
+        def told_then() -> str:
+            with suppress(Fault, OSError):  # where they are gone
+                if self._stamps() == before:
+                    return self.identity()
+            return CHANGED
+
+        return told_then
+
+    def _files(self) -> list[Path]:
+        """Those on this machine that make the model."""
+        if self.folder is not None:
+            return sorted(path for path in self.folder.rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
+        return [self.file] if self.file is not None else []
+
+    def _stamps(self) -> list[tuple[Path, int, int, int]]:
+        """By which a file that was written anew is known."""
+        stats = [(path, path.stat()) for path in self._files()]
+        return [(path, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
     def _load(self, dtype: torch.dtype, components: dict[str, Any]) -> DiffusionPipeline:
         dtypes = {"default": dtype, "vae": torch.float32}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from finetune import families
 from finetune.errors import Fault
 from finetune.families import Source
+from finetune.families.source import CHANGED
 
 KINDS = list(tiny.KINDS)
 PREDICTIONS = {"sd": "epsilon", "sd-v": "v_prediction", "sdxl": "epsilon"}
@@ -197,3 +198,13 @@ def test_the_identity_is_the_content(tiny_models: dict[str, Path], copied: Path,
     tensors["conv_in.weight"][0, 0, 0, 0] += 1
     save_file(tensors, copied / UNET, metadata={"format": "pt"})
     assert Source(str(copied)).identity() != original
+
+
+def test_the_identity_is_told_later_of_files_that_are_still_the_same(copied: Path) -> None:
+    source = Source(str(copied))
+    told, other, none = (source.identity_later() for _ in range(3))
+    assert told() == source.identity()
+    (copied / "unet" / "config.json").write_text((copied / "unet" / "config.json").read_text() + "\n")
+    assert other() == CHANGED
+    shutil.rmtree(copied)
+    assert none() == CHANGED
