@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from finetune import adapters, engine, families, fast, keys, optim, prompting, rounding, sharding
+from finetune import adapters, checkpointing, engine, families, fast, keys, optim, prompting, rounding, sharding
 from finetune.adapters import Group
 from finetune.batches import Batch, Batches, drawn
 from finetune.data.encoding import Encodings, Track
@@ -164,7 +164,7 @@ class Training:
         if train.fast:
             fast.put_on(family)
         if train.gradient_checkpointing:
-            _checkpoint_activations(family)
+            checkpointing.put_on(family, train.checkpoint_share)
         names, beside = set(named(family, groups)), adapters.beside(family)
         every = (*data.subjects, *data.companions)
         asks = bool(loss.unmasked_prior) or any(i.example.taught and i.example.lesson is None for i in every)
@@ -442,12 +442,3 @@ def _blocks(parts: nn.Module) -> list[str]:
 
 def _compiled(family: Family, mode: str, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
     return nullcontext() if mode == "off" else compiling.Blocks(families.blocks(family), mode, parameters)
-
-
-def _checkpoint_activations(family: Family) -> None:
-    """Keep only block inputs and recompute the rest in the backward pass (Chen et al. 2016, 1604.06174)."""
-    denoiser: Any = families.denoiser(family)
-    denoiser.enable_gradient_checkpointing()
-    encoders: list[Any] = list(families.text_encoders(family).values())
-    for encoder in encoders:
-        encoder.gradient_checkpointing_enable()

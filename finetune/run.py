@@ -29,7 +29,20 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from finetune import checkpoints, data, disk, ema, engine, families, ledger, offload, optim, sharding, signals
+from finetune import (
+    checkpointing,
+    checkpoints,
+    data,
+    disk,
+    ema,
+    engine,
+    families,
+    ledger,
+    offload,
+    optim,
+    sharding,
+    signals,
+)
 from finetune import config as configuration
 from finetune.adapters import Group
 from finetune.data import Item
@@ -397,6 +410,7 @@ def _require_sense(train: Train) -> None:
     for name in ("steps", "batch_size", "accumulation"):
         if getattr(train, name) < 1:
             raise Fault(f"--{name.replace('_', '-')} {getattr(train, name)}: at least 1.")
+    checkpointing.check(train.checkpoint_share)
     engine.dtype(train.precision)
 
 

@@ -39,7 +39,7 @@ class Model:
     et al. 2023, 2305.14314) or 8 (int8, 2208.07339). Under an adapter alone, and not under each: docs/methods.md."""
     offload_blocks: bool = False
     """Keep the frozen weights of the denoiser's blocks in the CPU's memory, and bring each block to the GPU for its own
-    pass, the next one meanwhile: two blocks are held at a time. The same training to the bit, in more time. Under
+    pass, the next one meanwhile: two blocks are held at a time. The same training, in more time. Under
     adapters and new words, in one process; docs/memory.md."""
     clip_skip: int | None = None
     """Which layer of CLIP is read, as clients count: 1 is the last, 2 the last but one (diffusers' clip_skip=1).
@@ -363,6 +363,9 @@ class Train:
     """Every draw of the run follows from it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint_share: float = 1.0
+    """Of which share of the denoiser's blocks, the outermost first, which have the largest pictures in a UNet: half of
+    them costs half of the time."""
     fast: bool = True
     """Compute the same in fewer passes over memory, and keep less for the backward pass. --no-fast leaves all to the
     libraries, for comparison."""

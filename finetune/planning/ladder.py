@@ -81,7 +81,12 @@ def rungs(config: Any, side: int) -> Iterator[Rung]:
     """What is left to change, in the order of its price."""
     train, optim, full = config.train, config.optim, getattr(config, "full", None)
     if not train.gradient_checkpointing:
-        yield _rung(config, "--gradient-checkpointing", "a third more time", train={"gradient_checkpointing": True})
+        half = {"gradient_checkpointing": True, "checkpoint_share": 0.5}
+        yield _rung(config, "--gradient-checkpointing --checkpoint-share 0.5", "a sixth more time", train=half)
+    if not train.gradient_checkpointing or train.checkpoint_share < 1:
+        whole = {"gradient_checkpointing": True, "checkpoint_share": 1.0}
+        flags = "--gradient-checkpointing" + (" --checkpoint-share 1" if train.checkpoint_share < 1 else "")
+        yield _rung(config, flags, "a third more time", train=whole)
     if train.batch_size > 1:
         passes = train.batch_size * train.accumulation
         flags = f"--batch-size 1 --accumulation {passes}"
@@ -101,13 +106,13 @@ def rungs(config: Any, side: int) -> Iterator[Rung]:
         flags = "--weights bf16" + (" --precision bf16" if train.precision != "bf16" else "")
         cost = "weights are rounded by chance"
         yield _rung(config, flags, cost, full={"weights": "bf16"}, train={"precision": "bf16"})
-    whole = config.model.quantize is None and not config.model.offload_blocks
-    if full is None and whole:
+    plain = config.model.quantize is None and not config.model.offload_blocks
+    if full is None and plain:
         yield _rung(config, "--offload-blocks", "weights are sent in twice a step", model={"offload_blocks": True})
     bases = METHODS[config.adapter.method].bases if hasattr(config, "adapter") else ()
     for kind, cost in (("int8", "the base in 8 bits, more time"), ("nf4", "the base in 4 bits, more time")):
         if config.model.quantize is None and kind in bases:
-            flags = f"--quantize {kind}" + ("" if whole else " --no-offload-blocks")
+            flags = f"--quantize {kind}" + ("" if plain else " --no-offload-blocks")
             yield _rung(config, flags, cost, model={"quantize": kind, "offload_blocks": False})
     smaller = max(config.framing.resolution, default=side) * 3 // 4 // GRAIN * GRAIN
     if smaller >= SMALLEST:

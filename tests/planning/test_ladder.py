@@ -19,7 +19,12 @@ def settings(recipe: str, *words: str) -> Any:
 def taken(config: Any) -> Taken:
     """As if a picture's activations were 100 of 1000 px, and checkpointing kept half of them."""
     pixels = max(config.framing.resolution, default=1024) / 1024
-    activations = 100 * config.train.batch_size * pixels**2 / (1 + config.train.gradient_checkpointing)
+    activations = (
+        100
+        * config.train.batch_size
+        * pixels**2
+        / (1 + config.train.gradient_checkpointing * config.train.checkpoint_share)
+    )
     weights = 60 if config.train.precision == "fp32" else 30
     return Taken({"encode": 50, "train": int(activations + weights + 40)})
 
@@ -34,12 +39,12 @@ def test_what_fits_is_left_as_it_is() -> None:
 def test_cheap_rungs_come_first_and_those_that_save_nothing_are_left_out() -> None:
     asked = settings("lora", "--batch-size", "4", "--accumulation", "2", "--optimizer", "adamw")
     plan = ladder.find(asked, 1024, taken, 150)
-    assert plan.fits and plan.flags == "--gradient-checkpointing --batch-size 1 --accumulation 8"
-    assert [row.saves for row in plan.rows] == [0, 200, 150]
+    assert plan.fits and plan.flags == "--gradient-checkpointing --checkpoint-share 1 --batch-size 1 --accumulation 8"
+    assert [row.saves for row in plan.rows] == [0, 134, 66, 150]
     plan = ladder.find(asked, 1024, taken, 101)
     assert plan.fits and plan.flags.endswith("--accumulation 8 --precision bf16 --resolution 768")
-    unused = [("--optimizer adamw8bit", 0), ("--quantize int8", 0), ("--quantize nf4", 0)]
-    assert [(row.flags, row.saves) for row in plan.rows if not row.used] == unused
+    unused = ["--optimizer adamw8bit", "--offload-blocks", "--quantize int8", "--quantize nf4"]
+    assert [(row.flags, row.saves) for row in plan.rows if not row.used] == [(flags, 0) for flags in unused]
     assert plan.config.train.batch_size == 1 and plan.config.framing.resolution == (768,)
     assert plan.config.optim == asked.optim
 
@@ -56,6 +61,7 @@ def test_the_last_of_several_resolutions_is_told_and_what_never_fits_is_said() -
 def test_full_weights_have_rungs_of_their_own() -> None:
     flags = [rung.flags for rung in ladder.rungs(settings("dreambooth", "--ema", "0.9"), 512)]
     assert flags == [
+        "--gradient-checkpointing --checkpoint-share 0.5",
         "--gradient-checkpointing",
         "--ema-on-cpu",
         "--precision bf16",
@@ -72,6 +78,15 @@ def test_a_base_is_quantised_where_the_method_works_on_it_and_it_is_not_yet() ->
 
     assert offered() == ["--quantize int8", "--quantize nf4"]
     assert offered("--quantize", "nf4") == [] == offered("--method", "boft")
+    assert offered("--offload-blocks")[1] == "--quantize nf4 --no-offload-blocks"
+
+
+def test_what_an_earlier_rung_asked_for_is_not_told_where_a_later_one_takes_it_back() -> None:
+    def nf4_saves(config: Any) -> Taken:
+        return Taken({"train": 100 - 10 * config.model.offload_blocks - 50 * (config.model.quantize == "nf4")})
+
+    plan = ladder.find(settings("lora", "--optimizer", "adafactor"), 256, nf4_saves, 60)
+    assert plan.flags == "--quantize nf4" and [row.flags for row in plan.rows if row.used][1] == "--offload-blocks"
 
 
 @pytest.mark.parametrize(("said", "bytes_"), [("8GB", 2**33), ("7.5 GiB", 7.5 * 2**30), ("600M", 600 * 2**20)])

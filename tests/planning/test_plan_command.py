@@ -31,7 +31,7 @@ def test_plan_chooses_what_makes_it_fit(tiny_models: dict[str, Path], capsys: py
     """Without weights: there are none in the folder."""
     bound = f"{CONTEXT / MIB + 1.5}MB"
     facts = json.loads(plan(capsys, tiny_models["sd"], "--vram", bound, "--json")[0])
-    assert facts["fits"] and facts["flags"] == "--gradient-checkpointing"
+    assert facts["fits"] and facts["flags"] == "--gradient-checkpointing --checkpoint-share 0.5"
     assert [rung["used"] for rung in facts["rungs"]] == [True, True]
     assert facts["rungs"][0]["peak"] > facts["bound"] >= facts["peak"] > facts["context"] == CONTEXT
     assert facts["size"] == [64, 64] and facts["flops"] > 0 and facts["measured"] is None
@@ -80,6 +80,18 @@ def test_train_applies_the_plan(
     assert settings["train"]["gradient_checkpointing"] and settings["train"]["precision"] == "fp32"
     assert "--gradient-checkpointing" in capsys.readouterr().out
     assert (tmp_path / "run" / "adapter.safetensors").is_file()
+
+
+def test_offloaded_blocks_are_not_in_a_gpus_memory(
+    tiny_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights of its blocks are 0.9 of the UNet, of which two blocks are there at a time."""
+    words = "--gradient-checkpointing", "--json"
+    plain, own = (
+        json.loads(plan(capsys, tiny_models["sd"], *words, *flags)[0])["phases"]
+        for flags in ((), ("--offload-blocks",))
+    )
+    assert own["encode"] < plain["encode"] - 500_000 and own["train"] < plain["train"] - 300_000
 
 
 @pytest.mark.slow
