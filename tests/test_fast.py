@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,22 +13,25 @@ import measured
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners import lora
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune import adapters, cli, families, fast, keys
 from finetune.batches import Batch
+from finetune.bench import model as sd15
+from finetune.bench.observer import Counted
 from finetune.data import read_plain
 from finetune.families import Source
 from finetune.fast import attention
 from finetune.fast.lora import _LowRank
-from finetune.loop import PictureLoss
-from finetune.settings import Adapter, Loss
+from finetune.loop import PictureLoss, Training
+from finetune.settings import Adapter, Loss, Optim, Train
 
 KINDS = ["sd", "sdxl", "sd3", "flux", "klein", "zimage"]
 ADAPTERS = {
@@ -114,12 +116,21 @@ def test_loss_and_gradients_are_those_of_the_plain_path(
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("sd", "plain"), ("sd", "convolutions"), ("sdxl", "plain"), ("sd3", "plain"), ("flux", "plain")]
+    ("kind", "name", "long"),
+    [
+        ("sd", "plain", 1),
+        ("sd", "plain", 512),
+        ("sd", "convolutions", 512),
+        ("sdxl", "plain", 512),
+        ("sd3", "plain", 512),
+        ("flux", "plain", 512),
+    ],
 )
 def test_in_bf16_the_error_is_no_more_than_the_plain_path_has(
-    kind: str, name: str, tiny_models: dict[str, Path], pictures: Path
+    kind: str, name: str, long: int, tiny_models: dict[str, Path], pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each against the same bf16 weights computed with in fp32."""
+    monkeypatch.setattr(attention, "LONG", long)
     model, batch = prepared(tiny_models[kind], pictures, ADAPTERS[name])
     frozen = [p for p in model.parameters() if not p.requires_grad]
     for parameter in frozen:
@@ -185,18 +196,6 @@ def test_the_layers_keep_their_names_and_types(tiny_models: dict[str, Path], pic
     assert sum(type(layer) is not before[name][1] for name, layer in now.items()) > 50
 
 
-class Counted(TorchDispatchMode):
-    """How often something is computed, views and empty tensors aside: on a GPU, launches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not (func.is_view or any(word in str(func) for word in ("empty", "detach", "unsafe_view")))
-        return func(*args, **(kwargs or {}))
-
-
 def narrow(config: dict[str, Any], widths: tuple[int, ...], adapter: Adapter, dtype: torch.dtype) -> nn.Module:
     """A UNet, an eighth as wide as it is published, that predicts in training mode."""
     unet = UNet2DConditionModel(**config, block_out_channels=widths, cross_attention_dim=96, norm_num_groups=4)
@@ -233,10 +232,11 @@ def kept(unet: Any, autocast: bool) -> tuple[int, int]:
     [
         (SD15, (40, 80, 160, 160), torch.bfloat16, 0.0, 0.60, 0.82),
         (SD15, (40, 80, 160, 160), torch.bfloat16, 0.1, 0.55, 0.85),
-        (SD15, (40, 80, 160, 160), torch.float32, 0.0, 0.68, 0.91),
-        (SDXL, (40, 80, 160), torch.bfloat16, 0.0, 0.68, 0.80),
+        (SD15, (40, 80, 160, 160), torch.float32, 0.0, 0.65, 0.93),
+        (SDXL, (40, 80, 160), torch.bfloat16, 0.0, 0.68, 0.82),
+        (SDXL, (40, 80, 160), torch.float32, 0.0, 0.78, 0.93),
     ],
-    ids=["sd15-bf16", "sd15-bf16-dropout", "sd15-fp32", "sdxl-bf16"],
+    ids=["sd15-bf16", "sd15-bf16-dropout", "sd15-fp32", "sdxl-bf16", "sdxl-fp32"],
 )
 def test_less_is_kept_and_less_is_done(
     config: dict[str, Any],
@@ -248,14 +248,76 @@ def test_less_is_kept_and_less_is_done(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Widths and rank an eighth of what is usual, so that they are to one another as there. Launches are a GPU's, which
-    attention is not filled on."""
-    monkeypatch.setattr(attention, "LONG", math.inf)
+    attention is PyTorch's on."""
+    monkeypatch.setattr(attention.Attention, "fits", lambda layer: False)
     unet = narrow(config, widths, Adapter(rank=2, dropout=dropout), dtype)
     before = kept(unet, dtype == torch.bfloat16)
     fast.faster(unet)
     after = kept(unet, dtype == torch.bfloat16)
     assert after[0] < bytes_left * before[0]
     assert after[1] < launches_left * before[1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of Stable Diffusion 1.5's topology: as many layers, an eighth as wide."""
+    return sd15.save(tmp_path_factory.mktemp("whole") / "model", 8)
+
+
+def script(folder: Path, dtype: torch.dtype) -> Callable[[], None]:
+    """A step of diffusers' train_dreambooth_lora.py (0.42), with prior preservation."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    unet, vae, encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
+    for part in (unet, vae, encoder):
+        part.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    cast_training_params(unet, torch.float32)
+    parameters = [parameter for parameter in unet.train().parameters() if parameter.requires_grad]
+    optimizer, scheduler = torch.optim.AdamW(parameters), DDPMScheduler.from_config(pipeline.scheduler.config)
+    pixels, ids = torch.ones(2, 3, 64, 64, dtype=dtype), torch.ones(2, 77, dtype=torch.long)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+            noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (2,))
+            predicted = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, encoder(ids)[0]).sample
+        subject, prior = (predicted - noise).float().square().chunk(2)
+        (subject.mean() + prior.mean()).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours(folder: Path, pictures: Path, dtype: torch.dtype) -> Callable[[], object]:
+    """A step of a training, all that goes with it."""
+    family = families.load(Source(str(folder)), dtype)
+    groups = adapters.adapt(family, Adapter(rank=4), 1e-4, None, seed=0)
+    data = measured.encoded(family, read_plain(pictures, "sks dog"))
+    assert family.pipeline.vae is None and family.pipeline.text_encoder is None  # no step can call them
+    AcceleratorState._reset_state()
+    precision: Any = "bf16" if dtype == torch.bfloat16 else "fp32"
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
+    settings = Train(steps=2, batch_size=2, precision=precision), Optim(optimizer="adamw")
+    taken = iter(Training(family, groups, data, *settings, Loss(), accelerator))
+    return lambda: next(taken)
+
+
+@pytest.mark.parametrize(("dtype", "left"), [(torch.float32, 0.5), (torch.bfloat16, 0.56)], ids=["fp32", "bf16"])
+def test_a_step_computes_half_as_often_as_a_script(
+    dtype: torch.dtype, left: float, whole: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How often follows from the number of layers, not from their width. The script encodes pictures and captions in
+    each step; on a CPU its AdamW goes from one parameter to the next."""
+    monkeypatch.setattr(attention.Attention, "fits", lambda layer: False)
+    counts = []
+    for step in (ours(whole, pictures, dtype), script(whole, dtype)):
+        step()
+        with Counted() as counted:
+            step()
+        counts.append(counted.count)
+    assert 1000 < counts[0] < left * counts[1]
 
 
 def train(model: Path, pictures: Path, output: Path, *flags: str) -> list[float]:

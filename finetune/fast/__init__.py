@@ -13,13 +13,14 @@ from torch import nn
 
 from finetune import families
 from finetune.families import Family
-from finetune.fast import attention, convolution, lora, precision, recompute
+from finetune.fast import allocation, attention, convolution, lora, precision, recompute
 
 FASTER: tuple[Any, ...] = (
     lora.Linear,
     lora.Conv2d,
     convolution.Conv2d,
     attention.Attention,
+    recompute.LayerNorm,
     recompute.GEGLU,
     recompute.ResnetBlock2D,
 )
@@ -28,6 +29,7 @@ FASTER: tuple[Any, ...] = (
 
 def put_on(family: Family) -> None:
     """Let the denoiser and the text encoders that are there compute by the fast path."""
+    allocation.keep()
     for part in (families.denoiser(family), *families.text_encoders(family).values()):
         faster(part)
 

@@ -1,4 +1,5 @@
-"""Attention on a CPU: heads of a width that fills no whole vectors, 10 or 40, cost more than such of 16 and 48."""
+"""Attention on a CPU, whose kernel has two weak spots: heads that fill no whole vectors, 10 or 40 numbers wide, cost
+more than such of 16 and 48; and bf16 costs more than float32 where keys are few."""
 
 from __future__ import annotations
 
@@ -15,20 +16,22 @@ aten = torch.ops.aten
 LANES = 16
 """Numbers that a vector of AVX-512 holds in float32"""
 LONG = 512
-"""Queries from which on it pays: filling takes time too"""
+"""Queries from which on filling pays, which takes time too; keys from which on bf16's own backward pass does"""
 
 
 class _Filled(Function):
-    """softmax(s q k') v with zeros beside each head, which change no sum. What is kept is without them.
+    """softmax(s q k') v in float32, of many queries with zeros beside each head, which change no sum.
+
+    What is kept is without them, in the precision that was given.
 
     q: (B, n, H d), k, v: (B, m, H d) -> (B, n, H d)
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
-        wide = [_filled(x, heads) for x in (q, k, v)]
+        wide = [_parted(x, heads, torch.float32, q.shape[1] >= LONG) for x in (q, k, v)]
         y, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(*wide, scale=scale)
-        y = _taken(y, q)
+        y = _joined(y, q)
         ctx.how = heads, scale
         ctx.save_for_backward(q, k, v, y, logsumexp)
         return y
@@ -37,21 +40,24 @@ class _Filled(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         *kept, logsumexp = ctx.saved_tensors
+        q, k, _, _ = kept
         heads, scale = ctx.how
-        wide = [_filled(x, heads) for x in (g, *kept)]
+        own = q.dtype != torch.float32 and k.shape[1] >= LONG
+        how = (q.dtype, False) if own else (torch.float32, q.shape[1] >= LONG)
+        wide = [_parted(x, heads, *how) for x in (g, *kept)]
         made = aten._scaled_dot_product_flash_attention_for_cpu_backward(*wide, logsumexp, 0.0, False, scale=scale)
-        return *(_taken(x, like) for x, like in zip(made, kept, strict=False)), None, None
+        return *(_joined(x, like) for x, like in zip(made, kept, strict=False)), None, None
 
 
-def _filled(x: Tensor, heads: int) -> Tensor:
-    """(B, n, H d) -> (B, H, n, d'), d' being whole vectors"""
-    x = x.unflatten(-1, (heads, -1))
-    return functional.pad(x, (0, -x.shape[-1] % LANES)).transpose(1, 2)
+def _parted(x: Tensor, heads: int, dtype: torch.dtype, fills: bool) -> Tensor:
+    """(B, n, H d) -> (B, H, n, d'), d' being whole vectors where it `fills` them"""
+    x = x.to(dtype).unflatten(-1, (heads, -1))
+    return (functional.pad(x, (0, -x.shape[-1] % LANES)) if fills else x).transpose(1, 2)
 
 
-def _taken(x: Tensor, like: Tensor) -> Tensor:
+def _joined(x: Tensor, like: Tensor) -> Tensor:
     """Back to (B, n, H d)"""
-    return x[..., : like.shape[-1] // x.shape[1]].transpose(1, 2).flatten(2)
+    return x[..., : like.shape[-1] // x.shape[1]].transpose(1, 2).flatten(2).to(like.dtype)
 
 
 class Attention(attention_processor.Attention):
@@ -73,8 +79,9 @@ class Attention(attention_processor.Attention):
     ) -> Tensor:
         x, about = hidden_states, hidden_states if encoder_hidden_states is None else encoder_hidden_states
         known = type(self.processor) is attention_processor.AttnProcessor2_0 and attention_mask is None and not named
-        pays = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 3 and x.shape[1] >= LONG
-        if not known or not pays or torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        pays = dtype == torch.bfloat16 or (dtype == torch.float32 and x.shape[1] >= LONG)
+        if not known or not pays or x.device.type != "cpu" or x.dim() != 3:
             made: Tensor = super().forward(x, encoder_hidden_states, attention_mask, **named)
             return made
         y = _Filled.apply(self.to_q(x), self.to_k(about), self.to_v(about), self.heads, self.scale)

@@ -12,6 +12,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from finetune.fast.recompute import Normed
+
 HELD = Tensor, FakeTensor
 """What a plain weight is: the second in a plan, where nothing has data"""
 Thin = tuple[float, float]
@@ -26,13 +28,19 @@ class _LowRank(Function):
         dL/dB = s g' (A d(x))        dL/dA = s (g B)' d(x)        dL/dx = g W + d'(s g B A)
 
     where both sums over thin products are taken by the matrix products themselves, in place. What is kept is x, which
-    queries, keys and values share, and which inputs were dropped; A d(x) is computed again. A and B are computed with
-    in x's precision and have their gradients in their own.
+    queries, keys and values share, or what it was `normed` of, and which inputs were dropped; A d(x) is computed again.
+    A and B are computed with in x's precision and have their gradients in their own.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, thin: tuple[Thin, ...], *halves: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        thin: tuple[Thin, ...],
+        normed: Normed | None,
+        *halves: Tensor,
     ) -> Tensor:
         rows, y = x.reshape(-1, x.shape[-1]), functional.linear(x, weight, bias)
         halves = tuple(half.to(x.dtype) for half in halves)
@@ -43,14 +51,15 @@ class _LowRank(Function):
                 given, mask = torch.native_dropout(rows, share, True)
                 masks.append(mask)
             y.view(-1, y.shape[-1]).addmm_(given @ down.t(), up.t(), alpha=scale)
-        ctx.thin = thin
-        ctx.save_for_backward(x, weight, *halves, *masks)
+        ctx.thin, ctx.normed = thin, normed and normed[3:]
+        ctx.save_for_backward(*(normed[:3] if normed else (x, None, None)), weight, *halves, *masks)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *saved = ctx.saved_tensors
+        x, *norm, weight = ctx.saved_tensors[:4]
+        x, saved = Normed(x, *norm, *ctx.normed).again() if ctx.normed else x, ctx.saved_tensors[4:]
         count = 2 * len(ctx.thin)
         halves, masks = saved[:count], iter(saved[count:])
         rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
@@ -59,7 +68,7 @@ class _LowRank(Function):
         grads: list[Tensor | None] = []
         for number, (scale, share) in enumerate(ctx.thin):
             down, up = halves[2 * number : 2 * number + 2]
-            trains = any(wanted[4 + 2 * number : 6 + 2 * number])
+            trains = any(wanted[5 + 2 * number : 7 + 2 * number])
             mask, kept = (next(masks), 1 / (1 - share)) if share else (None, 1.0)
             inner = _product(g, up, scale)  # (n, r)
             if trains:
@@ -71,7 +80,7 @@ class _LowRank(Function):
                 dx.addmm_(inner, down)
             elif dx is not None:
                 dx.add_(torch.ops.aten.native_dropout_backward(inner @ down, mask, kept))
-        return None if dx is None else dx.view(x.shape), None, None, None, *grads
+        return None if dx is None else dx.view(x.shape), *[None] * 4, *grads
 
 
 def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -94,7 +103,7 @@ class Linear(lora.Linear):
             return made
         thin = tuple((self.scaling[name], _share(self.lora_dropout[name])) for name in active)
         halves = [half[name].weight for name in active for half in (self.lora_A, self.lora_B)]
-        made = _LowRank.apply(x, base.weight, base.bias, thin, *halves)
+        made = _LowRank.apply(x, base.weight, base.bias, thin, getattr(x, "normed", None), *halves)
         return made
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models import activations, resnet
@@ -63,6 +63,33 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     made: Tensor = _NormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
     return made
+
+
+class Normed(NamedTuple):
+    """How a layer norm's output is computed again (Ba et al. 2016, 1607.06450). Its input is kept in any case."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    shape: tuple[int, ...]
+    eps: float
+
+    def again(self) -> Tensor:
+        return functional.layer_norm(self.x, self.shape, self.weight, self.bias, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's layer norm, whose output tells as its `normed` what it was made of: LoRA's layers keep that instead."""
+
+    @staticmethod
+    def fits(norm: nn.LayerNorm) -> bool:
+        return True
+
+    def forward(self, input: Tensor) -> Tensor:
+        y: Any = super().forward(input)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and y.dtype == input.dtype:
+            y.normed = Normed(input.detach(), self.weight, self.bias, self.normalized_shape, self.eps)
+        return y  # type: ignore[no-any-return]
 
 
 class GEGLU(activations.GEGLU):
