@@ -89,7 +89,7 @@ class LayerNorm(nn.LayerNorm):
         y: Any = super().forward(input)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and y.dtype == input.dtype:
             y.normed = Normed(input.detach(), self.weight, self.bias, self.normalized_shape, self.eps)
-        return y  # type: ignore[no-any-return]
+        return y
 
 
 class GEGLU(activations.GEGLU):
