@@ -51,5 +51,6 @@ def swift() -> Iterator[None]:
             del os.environ[NO_COMPILER]
         else:
             os.environ[NO_COMPILER] = before
-        gc.freeze()
+        if not gc.get_freeze_count():  # once: later, models would be among what is never looked at again
+            gc.freeze()
         gc.enable()

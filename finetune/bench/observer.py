@@ -49,6 +49,7 @@ class Kept:
     """Bytes that are kept for the backward pass beside the weights, what is shared counted once."""
 
     def __init__(self) -> None:
+        gc.unfreeze()  # what a trainer may have hidden from the collector
         parameters = [one for one in gc.get_objects() if issubclass(type(one), nn.Parameter)]
         self.own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
         self.held: dict[int, Tensor] = {}

@@ -29,6 +29,7 @@ from finetune.errors import Fault
 from finetune.families import (
     Conditions,
     Family,
+    aside,
     encode_sources,
     modules,
     release,
@@ -132,7 +133,7 @@ def encode(
     turn: Turn | None = None,
 ) -> Encodings:
     """Encode what the cache does not hold, then drop what is not needed any more from memory: the VAE, and the text
-    encoders unless they train.
+    encoders unless they train. Meanwhile the denoiser is not in the GPU's memory.
 
     Raises Fault when a picture's latents are not finite (half-precision VAEs overflow).
     """
@@ -140,22 +141,23 @@ def encode(
     turn = turn if turn and data.use_cache else Turn()  # what is kept in memory, each process computes for itself
     items, factor = [*subjects, *companions, *held], family.latents()[1]
     _require_sources(family, items, data)
-    vae, encoders = _vae_fingerprint(family), _encoders_fingerprint(family)
-    built = {"pictures": _encode_pictures(family, items, pictures, vae, data.background, track, turn)}
-    built["masks"] = _encode_masks(items, pictures, factor, track, turn)
-    holes = data.holes if takes_mask(family) else 0
-    if takes_mask(family) and holes < 1:
-        raise Fault(f"--holes {holes}: an inpainting checkpoint learns under masks; at least 1.")
-    if holes:
-        built["masked pictures"] = _encode_holes(family, items, pictures, vae, data, track, turn)
-    sourced = takes_source(family)
-    if sourced:
-        built["sources"] = _encode_sources(family, items, pictures, vae, data, track, turn)
-    trained = any(p.requires_grad for encoder in text_encoders(family).values() for p in encoder.parameters())
-    if not trained:
-        said = dict.fromkeys(caption for item in items for caption in (*item.captions, *_leant_to(item)))
-        said |= {"": None} if captions.caption_dropout or (sourced and data.source_dropout) else {}
-        built["captions"] = encode_texts(family, list(said), texts, track, turn)
+    with aside(family):
+        vae, encoders = _vae_fingerprint(family), _encoders_fingerprint(family)
+        built = {"pictures": _encode_pictures(family, items, pictures, vae, data.background, track, turn)}
+        built["masks"] = _encode_masks(items, pictures, factor, track, turn)
+        holes = data.holes if takes_mask(family) else 0
+        if takes_mask(family) and holes < 1:
+            raise Fault(f"--holes {holes}: an inpainting checkpoint learns under masks; at least 1.")
+        if holes:
+            built["masked pictures"] = _encode_holes(family, items, pictures, vae, data, track, turn)
+        sourced = takes_source(family)
+        if sourced:
+            built["sources"] = _encode_sources(family, items, pictures, vae, data, track, turn)
+        trained = any(p.requires_grad for encoder in text_encoders(family).values() for p in encoder.parameters())
+        if not trained:
+            said = dict.fromkeys(caption for item in items for caption in (*item.captions, *_leant_to(item)))
+            said |= {"": None} if captions.caption_dropout or (sourced and data.source_dropout) else {}
+            built["captions"] = encode_texts(family, list(said), texts, track, turn)
     release_frozen(family)
     known = None if trained else texts
     dropout = captions.caption_dropout

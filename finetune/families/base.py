@@ -6,7 +6,8 @@ A family wraps a diffusers pipeline: loading, prompt encoding, sampling and savi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -217,6 +218,22 @@ def chunks(family: Family) -> int:
 
 def denoiser(family: Family) -> nn.Module:
     return getattr(family.pipeline, family.denoiser_name)
+
+
+@contextmanager
+def aside(family: Family) -> Iterator[None]:
+    """Inside, the denoiser is in the CPU's memory, so that a GPU has room for what is computed without it. (One that
+    bitsandbytes has quantised stays: it is small, and not made to be moved.)"""
+    part: Any = denoiser(family)
+    device = part.device
+    if device.type == "cpu" or any(type(parameter) is not nn.Parameter for parameter in part.parameters()):
+        yield
+        return
+    part.to("cpu")
+    try:
+        yield
+    finally:
+        part.to(device)
 
 
 def blocks(family: Family) -> list[nn.Module]:

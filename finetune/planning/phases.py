@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune import adapters, class_pictures, engine, families, offload, prompting, sampling, sliders
 from finetune.config import asdict, new_words
@@ -29,8 +29,12 @@ from finetune.settings import Prior
 STEPS = 2
 """In the first the optimizer's state comes to be, in the second it stands beside the activations"""
 CAPTION, WORD = "a photo of sks dog", "sks-dog"
-Meter = Callable[[str, Family, Callable[[], object]], int]
-"""Of a phase's work: the most bytes of tensors while it is done, weights included"""
+
+
+class Meter(Protocol):
+    def __call__(self, name: str, family: Family, work: Callable[[], object], aside: nn.Module | None = None) -> int:
+        """Of a phase's work: the most bytes of tensors while it is done, weights included. On a GPU a part may stand
+        `aside` meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,11 @@ def imagined(config: Any, load: Callable[[], Family], size: tuple[int, int], ker
         flops: dict[str, int] = {}
         kept: list[object] = []  # a training stays while it is sampled
 
-        def meter(name: str, family: Family, work: Callable[[], object]) -> int:
+        def meter(name: str, family: Family, work: Callable[[], object], aside: nn.Module | None = None) -> int:
             live.begin()
             before = live.flops
-            kept.append(work())
+            with live.without(() if kernels or aside is None else aside.parameters()):
+                kept.append(work())
             flops[name] = live.flops - before
             return live.peak
 
@@ -103,7 +108,7 @@ def measured(config: Any, source: Source, size: tuple[int, int]) -> Taken:
     seconds: list[float] = []
     kept: list[object] = []
 
-    def meter(name: str, family: Family, work: Callable[[], object]) -> int:
+    def meter(name: str, family: Family, work: Callable[[], object], aside: nn.Module | None = None) -> int:
         held = tracking.held_by([*families.modules(family).values(), *map(_remembered, kept)])
         above = tracking.measured(lambda: kept.append(work()), _part(family).device)
         if isinstance(kept[-1], Training):
@@ -130,7 +135,7 @@ def run(
     """Go through the phases of a run by these settings; size: height and width of the pictures; `restore`: brings
     back the parts that leave the memory to train."""
     config = replace(config, train=replace(config.train, steps=_steps(config) + 1))
-    peaks = {"encode": meter("encode", family, lambda: _encode(family, size))}
+    peaks = {"encode": meter("encode", family, lambda: _encode(family, size), _part(family))}
     if draws(config):
         count = class_pictures.BATCH
         peaks["class pictures"] = meter("draw", family, lambda: _draw(family, accelerator, max(size), count))
@@ -196,8 +201,8 @@ def _part(family: Family) -> Any:
 
 def _encode(family: Family, size: tuple[int, int]) -> None:
     device = _part(family).device
-    family.encode_pictures(torch.zeros(1, 3, *size, device=device))
-    with torch.no_grad():
+    with families.aside(family), torch.no_grad():
+        family.encode_pictures(torch.zeros(1, 3, *size, device=device))
         prompting.conditions(family, [CAPTION])
 
 

@@ -95,6 +95,18 @@ class Live(TorchDispatchMode):
         self.held += size
         self.peak = max(self.peak, self.held)
 
+    @contextmanager
+    def without(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """Inside, these tensors' storages are in another memory."""
+        size = sum(
+            {t.untyped_storage()._cdata: self._sizes.get(t.untyped_storage()._cdata, 0) for t in tensors}.values()
+        )
+        self.held -= size
+        try:
+            yield
+        finally:
+            self.held += size
+
     def leave(self, tensor: Tensor) -> None:
         """Do not count a tensor's storage any more: it is in another memory."""
         key = tensor.untyped_storage()._cdata

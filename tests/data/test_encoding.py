@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +62,17 @@ def test_latents_that_are_not_finite_are_refused_with_the_remedy(family: Family,
         family.pipeline.vae.quant_conv.bias.fill_(float("inf"))
     with pytest.raises(Fault, match=r"0\.png: its latents are not finite.*--precision fp32"):
         encode(family, items, (), (), Data(use_cache=False), Captions())
+
+
+def test_the_denoiser_is_out_of_a_gpus_memory_meanwhile(
+    family: Family, items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is none, it is told to go and to come back all the same."""
+    denoiser, did = families.denoiser(family), []
+    monkeypatch.setattr(type(denoiser), "device", torch.device("cuda"))
+    monkeypatch.setattr(denoiser, "to", lambda device: did.append(str(device)))
+    vae: Any = family.pipeline.vae
+    vae.register_forward_pre_hook(lambda *_: did.append("encode"))
+    vae.encoder.register_forward_pre_hook(lambda *_: did.append("encode"))
+    encode(family, items, (), (), Data(use_cache=False), Captions())
+    assert did[0] == "cpu" and did[-1] == "cuda" and set(did[1:-1]) == {"encode"}

@@ -74,6 +74,9 @@ def test_what_is_held_and_given_back_is_counted_to_the_byte() -> None:
         live.begin()
         assert live.peak == 400
         assert live.flops == 2 * 10 * 10 * 100
+        with live.without([product, product.t()]):
+            assert live.held == 0
+        assert live.held == 400
         del product
     assert live.held == 0
 
