@@ -25,7 +25,7 @@ gc.freeze()  # each full collection looks through half a million objects of the 
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Diffusers folders of the tiny pipelines, by kind. Read only."""
     root = tmp_path_factory.mktemp("tiny")
-    return {kind: tiny.save(kind, root / kind) for kind in tiny.ALL}
+    return {kind: tiny.save(kind, root / kind) for kind in {**tiny.KINDS, **tiny.INPAINTING, **tiny.EDITING}}
 
 
 @pytest.fixture(autouse=True)

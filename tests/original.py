@@ -37,23 +37,22 @@ UNET = {
 }
 
 
-def _unet_name(name: str, layers: int = 2) -> str:
-    """`layers`: in a down block; an up block has one more."""
+def _unet_name(name: str) -> str:
     for ours, theirs in UNET.items():
         if name.startswith(ours + "."):
             return theirs + _resnet_part(name[len(ours) :])
     block = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)(.*)", name)
     assert block, name
     way, i, kind, j, rest = block[1], int(block[2]), block[3], int(block[4]), block[5]
-    place = (layers + 1) * i + j + (way == "down")
+    place = 3 * i + j + (way == "down")
     blocks = "input_blocks" if way == "down" else "output_blocks"
     if kind == "resnets":
         return f"{blocks}.{place}.0{_resnet_part(rest)}"
     if kind == "attentions":
         return f"{blocks}.{place}.1{rest}"
     if kind == "downsamplers":
-        return f"input_blocks.{(layers + 1) * (i + 1)}.0.op{rest.removeprefix('.conv')}"
-    return f"output_blocks.{(layers + 1) * i + layers}.{{up{i}}}.conv{rest.removeprefix('.conv')}"
+        return f"input_blocks.{3 * i + 3}.0.op{rest.removeprefix('.conv')}"
+    return f"output_blocks.{3 * i + 2}.{{up{i}}}.conv{rest.removeprefix('.conv')}"
 
 
 def _resnet_part(rest: str) -> str:
@@ -63,9 +62,9 @@ def _resnet_part(rest: str) -> str:
 
 def _unet(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The upsampler's place in its block depends on whether the block has attention."""
-    named, layers = {}, len({name.split(".")[3] for name in state if name.startswith("down_blocks.0.resnets.")})
+    named = {}
     for name, value in state.items():
-        new = _unet_name(name, layers)
+        new = _unet_name(name)
         if up := re.search(r"\{up(\d+)\}", new):
             attends = any(key.startswith(f"up_blocks.{up[1]}.attentions") for key in state)
             new = new.replace(up[0], "2" if attends else "1")

@@ -127,10 +127,9 @@ def vae_16() -> AutoencoderKL:
     return vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
 
 
-def unet_sd(text_width: int, channels: int = 4, layers: int = 1) -> UNet2DConditionModel:
-    """Stable Diffusion 1.5's four levels. It has two layers a block: a third of each small training's time."""
+def unet_sd(text_width: int, channels: int = 4) -> UNet2DConditionModel:
+    """Stable Diffusion 1.5's four levels, two layers a block."""
     return UNet2DConditionModel(
-        layers_per_block=layers,
         in_channels=channels,
         sample_size=SIDE // 8,
         block_out_channels=(8, 8, 16, 16),
@@ -159,12 +158,12 @@ def unet_sdxl(text_width: int, pooled: int, channels: int = 4) -> UNet2DConditio
     )
 
 
-def _sd(prediction: str, layers: int = 1) -> StableDiffusionPipeline:
+def _sd(prediction: str) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=vae(),
         text_encoder=CLIPTextModel(text_config(16)),
         tokenizer=tokenizer(),
-        unet=unet_sd(16, layers=layers),
+        unet=unet_sd(16),
         scheduler=DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -284,7 +283,7 @@ def _inpainting(kind: str, made: Any, unet: UNet2DConditionModel) -> DiffusionPi
 
 
 INPAINTING: dict[str, Callable[[], DiffusionPipeline]] = {
-    "sd-inpainting": lambda: _inpainting("sd", StableDiffusionInpaintPipeline, unet_sd(16, 9, layers=2)),
+    "sd-inpainting": lambda: _inpainting("sd", StableDiffusionInpaintPipeline, unet_sd(16, 9)),
     "sdxl-inpainting": lambda: _inpainting("sdxl", StableDiffusionXLInpaintPipeline, unet_sdxl(16 + 24, 24, 9)),
 }
 """Checkpoints that are told a mask and the masked picture"""
@@ -302,17 +301,12 @@ EDITING: dict[str, Callable[[], DiffusionPipeline]] = {
 }
 """Checkpoints that are told a picture to change"""
 
-WHOLE: dict[str, Callable[[], DiffusionPipeline]] = {"sd-whole": lambda: _sd("epsilon", layers=2)}
-"""As many layers as the published ones have, which their original names count through"""
-
-ALL = {**KINDS, **INPAINTING, **EDITING, **WHOLE}
-
 
 def pipeline(kind: str) -> DiffusionPipeline:
     """The same random weights every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = ALL[kind]()
+        made = {**KINDS, **INPAINTING, **EDITING}[kind]()
     made.set_progress_bar_config(disable=True)
     return made
 

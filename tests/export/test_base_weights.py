@@ -19,7 +19,7 @@ from finetune.families import Source
 
 
 @pytest.mark.parametrize("form", ["folder", "shards", "file"])
-@pytest.mark.parametrize("kind", ["sd-whole", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_every_weight_by_its_name(kind: str, form: str, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     pipeline, source = tiny.pipeline(kind), Source(str(tiny_models[kind]))
     if form == "shards":
@@ -87,7 +87,7 @@ def test_a_part_without_weights_is_named(tmp_path: Path) -> None:
 def test_a_layer_of_no_known_model_is_named(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     from safetensors.torch import save_file
 
-    file = original.save(tiny.pipeline("sd-whole"), tmp_path / "model.safetensors")
+    file = original.save(tiny.pipeline("sd"), tmp_path / "model.safetensors")
     save_file({**load_file(file), "model.diffusion_model.odd.weight": torch.ones(2)}, file)
     with pytest.raises(Fault, match=r"model\.diffusion_model\.odd\.weight"):
-        BaseWeights(Source(str(file), model_config=str(tiny_models["sd-whole"])))
+        BaseWeights(Source(str(file), model_config=str(tiny_models["sd"])))

@@ -45,7 +45,7 @@ def sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.hidden_act, config.intermediate_size = "gelu", 32
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipeline.register_modules(text_encoder=CLIPTextModel(config), unet=tiny.unet_sd(1024, layers=2))
+        pipeline.register_modules(text_encoder=CLIPTextModel(config), unet=tiny.unet_sd(1024))
     folder = tmp_path_factory.mktemp("sd2") / "model"
     pipeline.save_pretrained(folder)
     return folder
