@@ -58,8 +58,9 @@ class _LowRank(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *norm, weight = ctx.saved_tensors[:4]
-        x, saved = Normed(x, *norm, *ctx.normed).again() if ctx.normed else x, ctx.saved_tensors[4:]
+        x, *rest = ctx.saved_tensors  # asked for once: where they are computed again, that is done then
+        norm, weight, saved = rest[:2], rest[2], rest[3:]
+        x = Normed(x, *norm, *ctx.normed).again() if ctx.normed else x
         count = 2 * len(ctx.thin)
         halves, masks = saved[:count], iter(saved[count:])
         rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])

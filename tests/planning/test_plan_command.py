@@ -75,7 +75,7 @@ def test_train_applies_the_plan(
     Image.fromarray(noise).save(tmp_path / "photos" / "0.png")
     words = ["train", "lora", "--model", str(tiny_models["sd"]), "--data", str(tmp_path / "photos"), "--no-prior"]
     words += ["--prompt", "a photo of sks dog", "--resolution", "64", "--steps", "1", "--tracker", "none"]
-    cli.main([*words, "--output", str(tmp_path / "run"), "--vram", "1.63MB"])
+    cli.main([*words, "--output", str(tmp_path / "run"), "--vram", "1.6MB"])
     settings = tomllib.loads((tmp_path / "run" / "settings.toml").read_text())
     assert settings["train"]["gradient_checkpointing"] and settings["train"]["precision"] == "fp32"
     assert "--gradient-checkpointing" in capsys.readouterr().out
@@ -91,7 +91,7 @@ def test_offloaded_blocks_are_not_in_a_gpus_memory(
         json.loads(plan(capsys, tiny_models["sd"], *words, *flags)[0])["phases"]
         for flags in ((), ("--offload-blocks",))
     )
-    assert own["encode"] < plain["encode"] - 500_000 and own["train"] < plain["train"] - 300_000
+    assert own["encode"] < plain["encode"] - 300_000 and own["train"] < plain["train"] - 300_000
 
 
 @pytest.mark.slow
