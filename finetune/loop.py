@@ -322,12 +322,7 @@ class Training:
     def _clip(self) -> float:
         """Clip the gradients; their norm before."""
         parameters = list(self.parameters.values())  # in the model's order, by which FSDP knows them
-        most = self.settings.max_grad_norm or math.inf
-        if engine.is_sharding(self.accelerator):
-            norm = float(self.accelerator.clip_grad_norm_(parameters, most))
-        else:  # as Accelerate does, but all at once on a CPU too
-            self.accelerator.unscale_gradients()
-            norm = float(nn.utils.clip_grad_norm_(parameters, most, foreach=True))
+        norm = float(self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))
         return float(self.accelerator.reduce(torch.tensor(norm, device=self.accelerator.device), "mean"))  # NaN of any
 
     def _validates(self) -> bool:
