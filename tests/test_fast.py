@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners import lora
@@ -264,32 +264,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sd15.save(tmp_path_factory.mktemp("whole") / "model", 8)
 
 
-def script(folder: Path, dtype: torch.dtype) -> Callable[[], None]:
-    """A step of diffusers' train_dreambooth_lora.py (0.42), with prior preservation."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype)
-    unet, vae, encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
-    for part in (unet, vae, encoder):
-        part.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    cast_training_params(unet, torch.float32)
-    parameters = [parameter for parameter in unet.train().parameters() if parameter.requires_grad]
-    optimizer, scheduler = torch.optim.AdamW(parameters), DDPMScheduler.from_config(pipeline.scheduler.config)
-    pixels, ids = torch.ones(2, 3, 64, 64, dtype=dtype), torch.ones(2, 77, dtype=torch.long)
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
-            noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (2,))
-            predicted = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, encoder(ids)[0]).sample
-        subject, prior = (predicted - noise).float().square().chunk(2)
-        (subject.mean() + prior.mean()).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
 def ours(folder: Path, pictures: Path, dtype: torch.dtype) -> Callable[[], object]:
     """A step of a training, all that goes with it."""
     family = families.load(Source(str(folder)), dtype)
@@ -304,20 +278,22 @@ def ours(folder: Path, pictures: Path, dtype: torch.dtype) -> Callable[[], objec
     return lambda: next(taken)
 
 
-@pytest.mark.parametrize(("dtype", "left"), [(torch.float32, 0.5), (torch.bfloat16, 0.56)], ids=["fp32", "bf16"])
+SCRIPT = {torch.float32: 5570, torch.bfloat16: 5578}
+"""What a step of diffusers' train_dreambooth_lora.py (0.42) computes of this topology with prior preservation, encoding
+included, as `finetune bench` counts it"""
+
+
+@pytest.mark.parametrize(("dtype", "left"), [(torch.float32, 0.45), (torch.bfloat16, 0.54)], ids=["fp32", "bf16"])
 def test_a_step_computes_half_as_often_as_a_script(
     dtype: torch.dtype, left: float, whole: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How often follows from the number of layers, not from their width. The script encodes pictures and captions in
-    each step; on a CPU its AdamW goes from one parameter to the next."""
+    """How often follows from the number of layers, not from their width. Attention is PyTorch's, as on a GPU."""
     monkeypatch.setattr(attention.Attention, "fits", lambda layer: False)
-    counts = []
-    for step in (ours(whole, pictures, dtype), script(whole, dtype)):
+    step = ours(whole, pictures, dtype)
+    step()
+    with Counted() as counted:
         step()
-        with Counted() as counted:
-            step()
-        counts.append(counted.count)
-    assert 1000 < counts[0] < left * counts[1]
+    assert 1000 < counted.count < left * SCRIPT[dtype]
 
 
 def train(model: Path, pictures: Path, output: Path, *flags: str) -> list[float]:
