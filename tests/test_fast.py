@@ -249,7 +249,7 @@ def test_less_is_kept_and_less_is_done(
 ) -> None:
     """Widths and rank an eighth of what is usual, so that they are to one another as there. Launches are a GPU's, which
     attention is PyTorch's on."""
-    monkeypatch.setattr(attention.Attention, "fits", lambda layer: False)
+    monkeypatch.setattr(attention, "pays", lambda x, width: False)
     unet = narrow(config, widths, Adapter(rank=2, dropout=dropout), dtype)
     before = kept(unet, dtype == torch.bfloat16)
     fast.faster(unet)
@@ -283,12 +283,12 @@ SCRIPT = {torch.float32: 5570, torch.bfloat16: 5578}
 included, as `finetune bench` counts it"""
 
 
-@pytest.mark.parametrize(("dtype", "left"), [(torch.float32, 0.45), (torch.bfloat16, 0.54)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("dtype", "left"), [(torch.float32, 0.43), (torch.bfloat16, 0.48)], ids=["fp32", "bf16"])
 def test_a_step_computes_half_as_often_as_a_script(
     dtype: torch.dtype, left: float, whole: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How often follows from the number of layers, not from their width. Attention is PyTorch's, as on a GPU."""
-    monkeypatch.setattr(attention.Attention, "fits", lambda layer: False)
+    monkeypatch.setattr(attention, "pays", lambda x, width: False)
     step = ours(whole, pictures, dtype)
     step()
     with Counted() as counted:

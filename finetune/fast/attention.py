@@ -61,14 +61,15 @@ def _joined(x: Tensor, like: Tensor) -> Tensor:
 
 
 class Attention(attention_processor.Attention):
-    """diffusers' attention as Stable Diffusion has it: no mask, no norms. Another processor stays what it is."""
+    """diffusers' attention as Stable Diffusion has it: no mask, no norms, nothing divided by one. Another processor
+    stays what it is."""
 
     @staticmethod
     def fits(layer: attention_processor.Attention) -> bool:
         norms = layer.group_norm, layer.spatial_norm, layer.norm_cross, layer.norm_q, layer.norm_k
-        plain = all(norm is None for norm in norms) and not layer.residual_connection
-        odd = layer.inner_dim // layer.heads % LANES and layer.inner_dim == layer.inner_kv_dim
-        return bool(plain and odd and layer.to_k is not None and layer.rescale_output_factor == 1)
+        plain = all(norm is None for norm in norms) and not layer.residual_connection and layer.scale_qk
+        usual = layer.to_k is not None and layer.inner_dim == layer.inner_kv_dim
+        return bool(plain and usual and layer.rescale_output_factor == 1)
 
     def forward(
         self,
@@ -79,11 +80,23 @@ class Attention(attention_processor.Attention):
     ) -> Tensor:
         x, about = hidden_states, hidden_states if encoder_hidden_states is None else encoder_hidden_states
         known = type(self.processor) is attention_processor.AttnProcessor2_0 and attention_mask is None and not named
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        pays = dtype == torch.bfloat16 or (dtype == torch.float32 and x.shape[1] >= LONG)
-        if not known or not pays or x.device.type != "cpu" or x.dim() != 3:
+        if not known or x.dim() != 3:
             made: Tensor = super().forward(x, encoder_hidden_states, attention_mask, **named)
             return made
-        y = _Filled.apply(self.to_q(x), self.to_k(about), self.to_v(about), self.heads, self.scale)
+        attend = _Filled.apply if pays(x, self.inner_dim // self.heads) else _attended
+        y = attend(self.to_q(x), self.to_k(about), self.to_v(about), self.heads, self.scale)
         made = self.to_out[1](self.to_out[0](y))
         return made
+
+
+def pays(x: Tensor, width: int) -> bool:
+    """Whether attention from these queries, (B, n, d), by heads so wide is faster than PyTorch's own."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    weak = dtype == torch.bfloat16 or (dtype == torch.float32 and x.shape[1] >= LONG)
+    return x.device.type == "cpu" and weak and width % LANES > 0
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
+    """PyTorch's own: (B, n, H d), (B, m, H d) twice -> (B, n, H d)"""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,19 +42,20 @@ class _LowRank(Function):
         bias: Tensor | None,
         thin: tuple[Thin, ...],
         normed: Normed | None,
+        own: tuple[Tensor, ...],
         *halves: Tensor,
     ) -> Tensor:
+        """`own`: A and B of each adapter in x's precision; `halves`: as they train"""
         rows, y = x.reshape(-1, x.shape[-1]), functional.linear(x, weight, bias)
-        halves = tuple(half.to(x.dtype) for half in halves)
         masks = []
-        for (scale, share), down, up in zip(thin, halves[::2], halves[1::2], strict=True):
+        for (scale, share), down, up in zip(thin, own[::2], own[1::2], strict=True):
             given = rows
             if share:
                 given, mask = torch.native_dropout(rows, share, True)
                 masks.append(mask)
             y.view(-1, y.shape[-1]).addmm_(given @ down.t(), up.t(), alpha=scale)
         ctx.thin, ctx.normed = thin, normed and normed[3:]
-        ctx.save_for_backward(*(normed[:3] if normed else (x, None, None)), weight, *halves, *masks)
+        ctx.save_for_backward(*(normed[:3] if normed else (x, None, None)), weight, *own, *masks)
         return y
 
     @staticmethod
@@ -69,7 +72,7 @@ class _LowRank(Function):
         grads: list[Tensor | None] = []
         for number, (scale, share) in enumerate(ctx.thin):
             down, up = halves[2 * number : 2 * number + 2]
-            trains = any(wanted[5 + 2 * number : 7 + 2 * number])
+            trains = any(wanted[6 + 2 * number : 8 + 2 * number])
             mask, kept = (next(masks), 1 / (1 - share)) if share else (None, 1.0)
             inner = _product(g, up, scale)  # (n, r)
             if trains:
@@ -81,7 +84,7 @@ class _LowRank(Function):
                 dx.addmm_(inner, down)
             elif dx is not None:
                 dx.add_(torch.ops.aten.native_dropout_backward(inner @ down, mask, kept))
-        return None if dx is None else dx.view(x.shape), *[None] * 4, *grads
+        return None if dx is None else dx.view(x.shape), *[None] * 5, *grads
 
 
 def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -104,7 +107,8 @@ class Linear(lora.Linear):
             return made
         thin = tuple((self.scaling[name], _share(self.lora_dropout[name])) for name in active)
         halves = [half[name].weight for name in active for half in (self.lora_A, self.lora_B)]
-        made = _LowRank.apply(x, base.weight, base.bias, thin, getattr(x, "normed", None), *halves)
+        own = tuple(_in(x.dtype, half) for half in halves)
+        made = _LowRank.apply(x, base.weight, base.bias, thin, getattr(x, "normed", None), own, *halves)
         return made
 
 
@@ -127,6 +131,33 @@ class Conv2d(lora.Conv2d):
             inner = _convolved(dropout(x), self.lora_A[name])
             y = torch.add(y, _convolved(inner, self.lora_B[name]), alpha=self.scaling[name])
         return y
+
+
+@contextmanager
+def rounded(part: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, the thin weights of a part's adapted layers are there in this precision too: rounded all at once, where
+    each by itself is a launch of its own."""
+    layers = [layer for layer in part.modules() if isinstance(layer, Linear)]
+    weights: list[Any] = [thin.weight for x in layers for half in (x.lora_A, x.lora_B) for thin in half.values()]
+    if not weights or any(type(weight.data) not in HELD for weight in weights):  # shared out among processes
+        yield
+        return
+    with torch.no_grad():
+        copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(copies, weights)
+    for weight, copy in zip(weights, copies, strict=True):
+        weight.rounded = copy
+    try:
+        yield
+    finally:
+        for weight in weights:
+            del weight.rounded
+
+
+def _in(dtype: torch.dtype, weight: Tensor) -> Tensor:
+    """A thin weight in this precision, as a number of its own."""
+    copy: Tensor | None = None if torch.compiler.is_compiling() else getattr(weight, "rounded", None)
+    return copy if copy is not None and copy.dtype == dtype else weight.detach().to(dtype)
 
 
 def _is_plain(layer: Any, kind: Any) -> bool:

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.fast import lora
+
 
 def keep(part: nn.Module) -> None:
     """Let a part whose weights are bf16 compute without autocast, whoever calls it. (fp16 has not the range.)
 
-    The adapter's weights stay float32 and are rounded where they are multiplied, as autocast rounds them.
+    The adapter's weights stay float32 and are rounded as autocast rounds them, all of them at once.
     """
     if next(part.parameters()).dtype == torch.bfloat16:
         part.forward = MethodType(_in_own, part)
 
 
 def _in_own(part: Any, *given: Any, **named: Any) -> Any:
-    with torch.autocast(part.device.type, enabled=False):
+    with torch.autocast(part.device.type, enabled=False), lora.rounded(part, torch.bfloat16):
         return type(part).forward(part, *given, **named)

@@ -121,4 +121,4 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         h = self.conv1(norm_silu(norm, x)) + self.time_emb_proj(functional.silu(temb))[:, :, None, None]
         h = self.conv2(self.dropout(norm_silu(self.norm2, h)))
         x = x if self.conv_shortcut is None else self.conv_shortcut(x.contiguous())
-        return (x + h) / self.output_scale_factor
+        return x + h if self.output_scale_factor == 1 else (x + h) / self.output_scale_factor
