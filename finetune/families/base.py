@@ -220,6 +220,11 @@ def denoiser(family: Family) -> nn.Module:
     return getattr(family.pipeline, family.denoiser_name)
 
 
+def precision(part: nn.Module) -> torch.dtype:
+    """What a part is given its inputs in: diffusers' `part.dtype`, which walks through all layers each time."""
+    return next(weight.dtype for weight in part.parameters() if weight.is_floating_point())
+
+
 @contextmanager
 def aside(family: Family) -> Iterator[None]:
     """Inside, the denoiser is in the CPU's memory, so that a GPU has room for what is computed without it. (One that

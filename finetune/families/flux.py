@@ -147,13 +147,14 @@ class Flux:
         """Squares of 2 x 2 latent pixels are one token; the text's tokens are all in one place."""
         pipeline, transformer = self.pipeline, self.pipeline.transformer
         count, channels, height, width = noised.shape
-        text, device = conditions["text"].to(transformer.dtype), noised.device
+        own, device = base.precision(transformer), noised.device
+        text = conditions["text"].to(own)
         told = transformer.config.guidance_embeds
         predicted = transformer(
-            hidden_states=pipeline._pack_latents(noised.to(transformer.dtype), count, channels, height, width),
+            hidden_states=pipeline._pack_latents(noised.to(own), count, channels, height, width),
             timestep=timesteps / 1000,
             guidance=torch.full((count,), GUIDANCE, device=device) if told else None,
-            pooled_projections=conditions["pooled"].to(transformer.dtype),
+            pooled_projections=conditions["pooled"].to(own),
             encoder_hidden_states=text,
             txt_ids=torch.zeros(text.shape[1], 3, device=device),
             img_ids=pipeline._prepare_latent_image_ids(count, height // 2, width // 2, device, torch.float32),

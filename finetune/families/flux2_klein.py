@@ -115,9 +115,10 @@ class Flux2Klein:
 
     def predict(self, noised: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
         pipeline, transformer = self.pipeline, self.pipeline.transformer
-        text = conditions["text"].to(transformer.dtype)
+        own = base.precision(transformer)
+        text = conditions["text"].to(own)
         predicted = transformer(
-            hidden_states=pipeline._pack_latents(noised.to(transformer.dtype)),
+            hidden_states=pipeline._pack_latents(noised.to(own)),
             timestep=timesteps / 1000,
             encoder_hidden_states=text,
             txt_ids=pipeline._prepare_text_ids(text).to(noised.device),

@@ -130,5 +130,5 @@ class StableDiffusion:
 
     def predict(self, noised: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
         unet = self.pipeline.unet
-        text = conditions["text"].to(unet.dtype)
-        return unet(base.with_beside(noised, conditions).to(unet.dtype), timesteps, encoder_hidden_states=text).sample
+        given, own = base.with_beside(noised, conditions), base.precision(unet)
+        return unet(given.to(own), timesteps, encoder_hidden_states=conditions["text"].to(own)).sample

@@ -152,9 +152,10 @@ class StableDiffusion3:
 
     def predict(self, noised: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
         transformer = self.pipeline.transformer
+        own = base.precision(transformer)
         return transformer(
-            hidden_states=noised.to(transformer.dtype),
+            hidden_states=noised.to(own),
             timestep=timesteps,
-            encoder_hidden_states=conditions["text"].to(transformer.dtype),
-            pooled_projections=conditions["pooled"].to(transformer.dtype),
+            encoder_hidden_states=conditions["text"].to(own),
+            pooled_projections=conditions["pooled"].to(own),
         ).sample

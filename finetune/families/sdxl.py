@@ -136,11 +136,7 @@ class StableDiffusionXL:
     def predict(self, noised: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
         """sizes are SDXL's own `time_ids`: (original h, w, crop top, left, target h, w)."""
         unet = self.pipeline.unet
-        text, pooled = conditions["text"].to(unet.dtype), conditions["pooled"].to(unet.dtype)
-        added = {"text_embeds": pooled, "time_ids": sizes.to(unet.dtype)}
-        return unet(
-            base.with_beside(noised, conditions).to(unet.dtype),
-            timesteps,
-            encoder_hidden_states=text,
-            added_cond_kwargs=added,
-        ).sample
+        given, own = base.with_beside(noised, conditions), base.precision(unet)
+        added = {"text_embeds": conditions["pooled"].to(own), "time_ids": sizes.to(own)}
+        text = conditions["text"].to(own)
+        return unet(given.to(own), timesteps, encoder_hidden_states=text, added_cond_kwargs=added).sample

@@ -105,9 +105,10 @@ class ZImage:
     def predict(self, noised: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
         """The transformer is told how much of the picture is there, and predicts the way towards it."""
         transformer = self.pipeline.transformer
-        pairs = zip(conditions["text"].to(transformer.dtype), conditions["told"], strict=True)
+        own = base.precision(transformer)
+        pairs = zip(conditions["text"].to(own), conditions["told"], strict=True)
         predicted = transformer(
-            list(noised.to(transformer.dtype)[:, :, None]),
+            list(noised.to(own)[:, :, None]),
             1 - timesteps / 1000,
             [text[told > 0.5] for text, told in pairs],
         ).sample

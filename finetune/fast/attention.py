@@ -12,6 +12,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from finetune.fast import lora
+
 aten = torch.ops.aten
 LANES = 16
 """Numbers that a vector of AVX-512 holds in float32"""
@@ -78,13 +80,17 @@ class Attention(attention_processor.Attention):
         attention_mask: Tensor | None = None,
         **named: Any,
     ) -> Tensor:
-        x, about = hidden_states, hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        x, about = hidden_states, encoder_hidden_states
         known = type(self.processor) is attention_processor.AttnProcessor2_0 and attention_mask is None and not named
         if not known or x.dim() != 3:
             made: Tensor = super().forward(x, encoder_hidden_states, attention_mask, **named)
             return made
         attend = _Filled.apply if pays(x, self.inner_dim // self.heads) else _attended
-        y = attend(self.to_q(x), self.to_k(about), self.to_v(about), self.heads, self.scale)
+        if about is None:
+            q, k, v = lora.together((self.to_q, self.to_k, self.to_v), x)
+        else:
+            q, (k, v) = self.to_q(x), lora.together((self.to_k, self.to_v), about)
+        y = attend(q, k, v, self.heads, self.scale)
         made = self.to_out[1](self.to_out[0](y))
         return made
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
@@ -18,19 +18,37 @@ from finetune.fast.recompute import Normed
 
 HELD = Tensor, FakeTensor
 """What a plain weight is: the second in a plan, where nothing has data"""
-Thin = tuple[float, float]
-"""s and p of one adapter: what it is scaled by, and the share of its inputs that is dropped"""
+FIXED = 5
+"""Arguments of `_LowRank` before A and B"""
+Frozen = tuple[Tensor, Tensor | None]
+"""W and b"""
+
+
+class Thin(NamedTuple):
+    """One adapter on one of the layers."""
+
+    layer: int
+    down: int
+    """Where its A is; its B is the next"""
+    scale: float
+    share: float
+    """Of its inputs, that is dropped"""
+
+    @property
+    def up(self) -> int:
+        return self.down + 1
 
 
 class _LowRank(Function):
-    """y = W x + b + sum of s B A d(x) over the adapters, W and b being frozen (Hu et al. 2021, 2106.09685, eq. 3).
+    """y = W x + b + sum of s B A d(x) over the adapters, W and b being frozen (Hu et al. 2021, 2106.09685, eq. 3), for
+    layers that are given the same x.
 
     d drops inputs; x: (..., in), W: (out, in), A: (r, in), B: (out, r), y: (..., out). With g = dL/dy
 
         dL/dB = s g' (A d(x))        dL/dA = s (g B)' d(x)        dL/dx = g W + d'(s g B A)
 
-    where both sums over thin products are taken by the matrix products themselves, in place. What is kept is x, which
-    queries, keys and values share, or what it was `normed` of, and which inputs were dropped; A d(x) is computed again.
+    where all sums, over layers too, are taken by the matrix products themselves, in place, and the A of one d(x) are
+    one matrix. What is kept is x, or what it was `normed` of, and which inputs were dropped; A d(x) is computed again.
     A and B are computed with in x's precision and have their gradients in their own.
     """
 
@@ -38,53 +56,83 @@ class _LowRank(Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        frozen: tuple[Frozen, ...],
         thin: tuple[Thin, ...],
         normed: Normed | None,
         own: tuple[Tensor, ...],
         *halves: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         """`own`: A and B of each adapter in x's precision; `halves`: as they train"""
-        rows, y = x.reshape(-1, x.shape[-1]), functional.linear(x, weight, bias)
+        rows, ys = x.reshape(-1, x.shape[-1]), [functional.linear(x, *layer) for layer in frozen]
         masks = []
-        for (scale, share), down, up in zip(thin, own[::2], own[1::2], strict=True):
+        for group in _groups(thin):
             given = rows
-            if share:
+            if share := group[0].share:
                 given, mask = torch.native_dropout(rows, share, True)
                 masks.append(mask)
-            y.view(-1, y.shape[-1]).addmm_(given @ down.t(), up.t(), alpha=scale)
+            inner = (given @ _down(group, own).t()).split(_ranks(group, own), 1)
+            for one, part in zip(group, inner, strict=True):
+                y = ys[one.layer]
+                y.view(-1, y.shape[-1]).addmm_(part, own[one.up].t(), alpha=one.scale)
         ctx.thin, ctx.normed = thin, normed and normed[3:]
-        ctx.save_for_backward(*(normed[:3] if normed else (x, None, None)), weight, *own, *masks)
-        return y
+        weights = [weight for weight, _ in frozen]
+        ctx.save_for_backward(*(normed[:3] if normed else (x, None, None)), *own, *weights, *masks)
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors  # asked for once: where they are computed again, that is done then
-        norm, weight, saved = rest[:2], rest[2], rest[3:]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors  # asked for once: where they are computed again, that is done then
+        norm, own, rest = saved[:2], saved[2 : 2 + 2 * len(ctx.thin)], iter(saved[2 + 2 * len(ctx.thin) :])
         x = Normed(x, *norm, *ctx.normed).again() if ctx.normed else x
-        count = 2 * len(ctx.thin)
-        halves, masks = saved[:count], iter(saved[count:])
-        rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        wanted = ctx.needs_input_grad
-        dx = g @ weight if wanted[0] else None
-        grads: list[Tensor | None] = []
-        for number, (scale, share) in enumerate(ctx.thin):
-            down, up = halves[2 * number : 2 * number + 2]
-            trains = any(wanted[6 + 2 * number : 8 + 2 * number])
-            mask, kept = (next(masks), 1 / (1 - share)) if share else (None, 1.0)
-            inner = _product(g, up, scale)  # (n, r)
-            if trains:
-                given = rows if mask is None else torch.ops.aten.native_dropout_backward(rows, mask, kept)
-                grads += [inner.t() @ given, _product(g.t(), given @ down.t(), scale)]
-            else:
-                grads += [None, None]
+        rows, gs = x.reshape(-1, x.shape[-1]), [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        weights = [next(rest) for _ in gs]
+        dx = _summed(gs, weights) if ctx.needs_input_grad[0] else None
+        found: list[Tensor | None] = [None] * len(own)
+        for group in _groups(ctx.thin):
+            down, ranks, mask = _down(group, own), _ranks(group, own), next(rest) if group[0].share else None
+            inner = _beside([_product(gs[one.layer], own[one.up], one.scale) for one in group], 1)  # (n, sum of r)
             if dx is not None and mask is None:
                 dx.addmm_(inner, down)
             elif dx is not None:
-                dx.add_(torch.ops.aten.native_dropout_backward(inner @ down, mask, kept))
-        return None if dx is None else dx.view(x.shape), *[None] * 5, *grads
+                dx.add_(_dropped(inner @ down, mask, group[0].share))
+            if any(ctx.needs_input_grad[FIXED + half] for one in group for half in (one.down, one.up)):
+                given = _dropped(rows, mask, group[0].share)
+                thin = (inner.t() @ given).split(ranks), (given @ down.t()).split(ranks, 1)
+                for one, of_down, z in zip(group, *thin, strict=True):
+                    found[one.down], found[one.up] = of_down, _product(gs[one.layer].t(), z, one.scale)
+        return None if dx is None else dx.view(x.shape), *[None] * (FIXED - 1), *found
+
+
+def _groups(thin: Sequence[Thin]) -> list[list[Thin]]:
+    """Those that are given the same: all of what nothing is dropped for, and each of the others."""
+    groups = [[one for one in thin if not one.share], *([one] for one in thin if one.share)]
+    return [group for group in groups if group]
+
+
+def _down(group: Sequence[Thin], own: Sequence[Tensor]) -> Tensor:
+    """Their A, one under the other: (sum of r, in)"""
+    return _beside([own[one.down] for one in group], 0)
+
+
+def _ranks(group: Sequence[Thin], own: Sequence[Tensor]) -> list[int]:
+    return [own[one.down].shape[0] for one in group]
+
+
+def _beside(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _summed(gs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Sum of g W over the layers"""
+    total = gs[0] @ weights[0]
+    for g, weight in zip(gs[1:], weights[1:], strict=True):
+        total.addmm_(g, weight)
+    return total
+
+
+def _dropped(x: Tensor, mask: Tensor | None, share: float) -> Tensor:
+    return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - share))
 
 
 def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -100,16 +148,30 @@ class Linear(lora.Linear):
         return _is_plain(layer, nn.Linear)
 
     def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
-        base: Any = self.base_layer
-        active = [] if args or named else _active(self, x)
-        if not active:
+        if args or named or not _active(self, x):
             made: Tensor = super().forward(x, *args, **named)
             return made
-        thin = tuple((self.scaling[name], _share(self.lora_dropout[name])) for name in active)
-        halves = [half[name].weight for name in active for half in (self.lora_A, self.lora_B)]
-        own = tuple(_in(x.dtype, half) for half in halves)
-        made = _LowRank.apply(x, base.weight, base.bias, thin, getattr(x, "normed", None), own, *halves)
-        return made
+        return _computed([self], x)[0]
+
+
+def together(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """What layers that are given the same make of it: at once, where all are LoRA's."""
+    if all(isinstance(layer, Linear) and _active(layer, x) for layer in layers):
+        return _computed(layers, x)
+    return [layer(x) for layer in layers]
+
+
+def _computed(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
+    thin: list[Thin] = []
+    halves: list[Any] = []
+    for number, layer in enumerate(layers):
+        for name in _active(layer, x):
+            thin.append(Thin(number, len(halves), layer.scaling[name], _share(layer.lora_dropout[name])))
+            halves += [half[name].weight for half in (layer.lora_A, layer.lora_B)]
+    frozen = tuple((layer.base_layer.weight, layer.base_layer.bias) for layer in layers)
+    own = tuple(_in(x.dtype, half) for half in halves)
+    made: tuple[Tensor, ...] = _LowRank.apply(x, frozen, tuple(thin), getattr(x, "normed", None), own, *halves)
+    return made
 
 
 class Conv2d(lora.Conv2d):
@@ -134,10 +196,9 @@ class Conv2d(lora.Conv2d):
 
 
 @contextmanager
-def rounded(part: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, the thin weights of a part's adapted layers are there in this precision too: rounded all at once, where
-    each by itself is a launch of its own."""
-    layers = [layer for layer in part.modules() if isinstance(layer, Linear)]
+def rounded(layers: Iterable[Linear], dtype: torch.dtype) -> Iterator[None]:
+    """Inside, the thin weights of these layers are there in this precision too: rounded all at once, where each by
+    itself is a launch of its own."""
     weights: list[Any] = [thin.weight for x in layers for half in (x.lora_A, x.lora_B) for thin in half.values()]
     if not weights or any(type(weight.data) not in HELD for weight in weights):  # shared out among processes
         yield

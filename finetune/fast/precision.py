@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ def keep(part: nn.Module) -> None:
     The adapter's weights stay float32 and are rounded as autocast rounds them, all of them at once.
     """
     if next(part.parameters()).dtype == torch.bfloat16:
-        part.forward = MethodType(_in_own, part)
+        part.forward = partial(_in_own, part, [layer for layer in part.modules() if isinstance(layer, lora.Linear)])
 
 
-def _in_own(part: Any, *given: Any, **named: Any) -> Any:
-    with torch.autocast(part.device.type, enabled=False), lora.rounded(part, torch.bfloat16):
+def _in_own(part: Any, adapted: list[lora.Linear], *given: Any, **named: Any) -> Any:
+    device = next(part.parameters()).device.type
+    with torch.autocast(device, enabled=False), lora.rounded(adapted, torch.bfloat16):
         return type(part).forward(part, *given, **named)
