@@ -25,6 +25,7 @@ from finetune.families.base import (
     denoiser,
     encode_sources,
     freeze,
+    keys_values,
     modules,
     sibling,
     takes_mask,
@@ -58,6 +59,7 @@ __all__ = [
     "denoiser",
     "encode_sources",
     "freeze",
+    "keys_values",
     "known",
     "load",
     "modules",
@@ -114,13 +116,21 @@ def load(source: Source, dtype: torch.dtype = torch.float32, device: torch.devic
         quantized.quantize(family, source.quantize, device)
     if source.offload_blocks:
         offload.put_on(denoiser(family), blocks(family), device)
+    if source.cache_kv:
+        offload.rest(keys_values(family), device)
     family.pipeline.to(device)
     freeze(family)
     return family
 
 
 def _require_reading(made: type[Family], source: Source) -> None:
-    """Refuse what the family's text encoders are not asked. Needs no weights."""
+    """Refuse what the family's text encoders are not asked, and what its denoiser has not. Needs no weights."""
+    if source.cache_kv and made.attends_to is None:
+        raise Fault(
+            f"--cache-kv: {made.title} attends to prompt and picture together: what it makes of a prompt is another in "
+            "each step, and nothing is to be kept. Stable Diffusion 1.x, 2.x and XL have cross-attention. Leave it "
+            "out, or take --offload-blocks."
+        )
     own: int | None = getattr(made, "own_layer", None)
     for flag, value in (("clip-skip", source.clip_skip), ("text-chunks", source.text_chunks)):
         if value is not None and own is None:

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from finetune.fast.recompute import Normed
+from finetune.offload import Resting
 
 HELD = Tensor, FakeTensor
 """What a plain weight is: the second in a plan, where nothing has data"""
@@ -38,15 +39,15 @@ class _LowRank(Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         thin: tuple[Thin, ...],
         normed: Normed | None,
         own: tuple[Tensor, ...],
         *halves: Tensor,
     ) -> Tensor:
-        """`own`: A and B of each adapter in x's precision; `halves`: as they train"""
-        rows, y = x.reshape(-1, x.shape[-1]), functional.linear(x, weight, bias)
+        """`own`: A and B of each adapter in x's precision; `halves`: as they train. Without W, `bias` is W x + b"""
+        rows, y = x.reshape(-1, x.shape[-1]), _base(ctx, x, weight, bias)
         masks = []
         for (scale, share), down, up in zip(thin, own[::2], own[1::2], strict=True):
             given = rows
@@ -87,6 +88,14 @@ class _LowRank(Function):
         return None if dx is None else dx.view(x.shape), *[None] * 5, *grads
 
 
+def _base(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        return functional.linear(x, weight, bias)
+    assert bias is not None
+    ctx.mark_dirty(bias)
+    return bias
+
+
 def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale * a b"""
     return a @ b if scale == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
@@ -108,7 +117,8 @@ class Linear(lora.Linear):
         thin = tuple((self.scaling[name], _share(self.lora_dropout[name])) for name in active)
         halves = [half[name].weight for name in active for half in (self.lora_A, self.lora_B)]
         own = tuple(_in(x.dtype, half) for half in halves)
-        made = _LowRank.apply(x, base.weight, base.bias, thin, getattr(x, "normed", None), own, *halves)
+        known = (None, base(x)) if isinstance(base, Resting) else (base.weight, base.bias)
+        made = _LowRank.apply(x, *known, thin, getattr(x, "normed", None), own, *halves)
         return made
 
 
@@ -163,7 +173,7 @@ def _in(dtype: torch.dtype, weight: Tensor) -> Tensor:
 def _is_plain(layer: Any, kind: Any) -> bool:
     """Not DoRA or another variant, nor on a base that trains or whose weight is no tensor of floats."""
     base = layer.base_layer
-    known = type(base) is kind and type(base.weight.data) in HELD and base.weight.is_floating_point()
+    known = type(base) in (kind, Resting) and type(base.weight.data) in HELD and base.weight.is_floating_point()
     plain = not layer.lora_variant and not any(layer.lora_bias.values())
     return bool(known and plain and not base.weight.requires_grad)
 

@@ -44,7 +44,7 @@ def folder(source: Source) -> Path:
 def family(source: Source, dtype: torch.dtype, cpu: bool = True) -> Family:
     """As `families.load` has it: frozen, the VAE in float32. `cpu`: as its layers are computed there."""
     root = folder(source)
-    families.known(source.pipeline_class())
+    families._require_reading(families.known(source.pipeline_class()), source)
     index = json.loads((root / "model_index.json").read_text())
     with quiet():
         parts = {name: part(root / name, *made) for name, made in index.items() if _is_module(made)}
@@ -59,6 +59,8 @@ def family(source: Source, dtype: torch.dtype, cpu: bool = True) -> Family:
         codes.quantize(made, source.quantize, cpu)
     if source.offload_blocks:
         offload.put_on(families.denoiser(made), families.blocks(made), "cpu")
+    if source.cache_kv:
+        offload.rest(families.keys_values(made), "cpu")
     families.freeze(made)
     return made
 
