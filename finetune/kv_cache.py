@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finetune import engine, families, offload
 from finetune.errors import Fault
-from finetune.families import Conditions, Family
+from finetune.families import Conditions, Family, Source
 from finetune.methods import METHODS
 from finetune.settings import Optim
 
@@ -26,7 +26,7 @@ MOST = 2 * 2**30
 
 
 def check(config: Any, accelerator: Accelerator) -> None:
-    """Refuse a run whose keys and values cannot be kept. Needs no model."""
+    """Refuse a run whose keys and values cannot be kept. Needs no weights."""
     if not (hasattr(config, "model") and config.model.cache_kv):
         return
     if (why := hindrance(config)) is not None:
@@ -36,7 +36,7 @@ def check(config: Any, accelerator: Accelerator) -> None:
 
 
 def hindrance(config: Any) -> str | None:
-    """What in a run's settings is in the way of it, and what to do; None: nothing. Needs no model."""
+    """What in a run's settings is in the way of it, and what to do; None: nothing. Needs no weights."""
     model, rate = config.model, getattr(config, "optim", Optim()).text_encoder_lr
     if not hasattr(config, "adapter"):
         return (
@@ -60,6 +60,12 @@ def hindrance(config: Any) -> str | None:
         return "--offload-blocks: by that these weights are out of the GPU's memory too. Take one of both."
     if config.train.compile != "off":
         return f"--compile {config.train.compile}: not tried with it. Leave out the one or the other."
+    family = families.known(Source(**vars(model)).pipeline_class())
+    if family.attends_to is None:
+        return (
+            f"{family.title} attends to prompt and picture together: it makes another thing of a prompt in each step. "
+            "Stable Diffusion 1.x, 2.x and XL have cross-attention. Leave it out, or take --offload-blocks."
+        )
     return None
 
 
@@ -82,6 +88,11 @@ class Known:
     def __exit__(self, *_: object) -> None:
         self._inside = False
         self._answer(None)
+
+    @property
+    def held(self) -> list[Tensor]:
+        """All that is kept."""
+        return [*self.made.values(), *self._here[1]]
 
     def tell(self, captions: Sequence[str], conditions: Conditions) -> None:
         """Which captions the denoiser is told of from now on, row by row, and as what. What is computed again for the

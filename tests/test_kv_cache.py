@@ -92,7 +92,8 @@ def test_loss_and_gradients_are_the_same(
         learned(Source(str(tiny_models[kind]), cache_kv=cached), pictures, adapter, **how) for cached in (False, True)
     )
     assert len(plain) == len(own) > 10
-    assert all((one - other).norm() <= 5e-6 * other.norm() for one, other in zip(own, plain, strict=True))
+    error = 5e-6 if how.get("dtype") is None else 2e-2
+    assert all((one - other).norm() <= error * other.norm() for one, other in zip(own, plain, strict=True))
 
 
 def test_weights_are_kept_where_the_prompt_alone_is_attended_to(tiny_models: dict[str, Path]) -> None:

@@ -124,13 +124,7 @@ def load(source: Source, dtype: torch.dtype = torch.float32, device: torch.devic
 
 
 def _require_reading(made: type[Family], source: Source) -> None:
-    """Refuse what the family's text encoders are not asked, and what its denoiser has not. Needs no weights."""
-    if source.cache_kv and made.attends_to is None:
-        raise Fault(
-            f"--cache-kv: {made.title} attends to prompt and picture together: what it makes of a prompt is another in "
-            "each step, and nothing is to be kept. Stable Diffusion 1.x, 2.x and XL have cross-attention. Leave it "
-            "out, or take --offload-blocks."
-        )
+    """Refuse what the family's text encoders are not asked. Needs no weights."""
     own: int | None = getattr(made, "own_layer", None)
     for flag, value in (("clip-skip", source.clip_skip), ("text-chunks", source.text_chunks)):
         if value is not None and own is None:

@@ -44,7 +44,7 @@ def folder(source: Source) -> Path:
 def family(source: Source, dtype: torch.dtype, cpu: bool = True) -> Family:
     """As `families.load` has it: frozen, the VAE in float32. `cpu`: as its layers are computed there."""
     root = folder(source)
-    families._require_reading(families.known(source.pipeline_class()), source)
+    families.known(source.pipeline_class())
     index = json.loads((root / "model_index.json").read_text())
     with quiet():
         parts = {name: part(root / name, *made) for name, made in index.items() if _is_module(made)}
