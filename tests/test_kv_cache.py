@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from finetune import adapters, checkpointing, checkpoints, cli, families, fast, keys, kv_cache, offload
 from finetune.data import read_plain
@@ -106,6 +109,37 @@ def test_weights_are_kept_where_the_prompt_alone_is_attended_to(tiny_models: dic
     family.pipeline.to("meta")
     assert {weight.device.type for weight in kept(family)} == {"cpu"}
     assert {p.device.type for name, p in denoiser.named_parameters() if "attn1" in name} == {"meta"}
+
+
+class OneDevice(TorchDispatchMode):
+    """Inside, operators but copies are given tensors of one device, single numbers aside."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.device.type for x in tree_iter((args, kwargs)) if isinstance(x, Tensor) and x.dim()}
+        assert len(given) < 2 or "copy" in func.__name__, func
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_is_computed_on_the_device(tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One without data stands for a GPU. Of captions that are known, and of prompts that are not."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it has none
+    family = families.load(Source(str(tiny_models["sd"]), cache_kv=True), device="meta")
+    adapters.adapt(family, Adapter(rank=4), 1e-4, None, seed=0)
+    denoiser, known = families.denoiser(family).to("meta").train(), kv_cache.Known(family)
+    fast.put_on(family)
+    told = {name: torch.zeros(2, *shape, device="meta") for name, shape in family.condition_shapes().items()}
+    noised, times, sizes = (torch.zeros(2, *shape, device="meta") for shape in ((4, 8, 8), (), (6,)))
+    for context in (known, nullcontext()):
+        with context, OneDevice():
+            known.tell(["a", "b"], told)
+            family.predict(noised, times, told, sizes).square().mean().backward()
+        trained = [p for p in denoiser.parameters() if p.requires_grad]
+        assert (
+            {p.device.type for p in trained} == {p.grad.device.type for p in trained if p.grad is not None} == {"meta"}
+        )
+    assert {tensor.device.type for tensor in kept(family)} == {"cpu"} and len(known.made) == 2
+    with OneDevice(), pytest.raises(AssertionError):
+        torch.nn.functional.linear(told["text"], kept(family)[0])
 
 
 def test_captions_beyond_the_room_are_made_again(tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
