@@ -110,8 +110,9 @@ def measured(config: Any, source: Source, size: tuple[int, int]) -> Taken:
     kept: list[object] = []
 
     def meter(name: str, family: Family, work: Callable[[], object], aside: nn.Module | None = None) -> int:
-        held = tracking.held_by([*families.modules(family).values(), *map(_remembered, kept)])
-        above = tracking.measured(lambda: kept.append(work()), _part(family).device)
+        device = _part(family).device
+        held = tracking.held_by([*families.modules(family).values(), *map(_remembered, kept)], device)
+        above = tracking.measured(lambda: kept.append(work()), device)
         if isinstance(kept[-1], Training):
             seconds.append(next(iter(kept[-1])).seconds)  # unobserved
         return held + above
