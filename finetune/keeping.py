@@ -28,6 +28,7 @@ FREE = frozenset({
     *("batch_size", "accumulation", "processes", "engine"),
     *("save_every", "checkpoint_every", "keep_last", "keep_every", "on_nan", "ema_on_cpu", "validate_every"),
     *("optimizer_in_backward", "gradient_checkpointing", "checkpoint_share", "fast", "compile", "offload_blocks"),
+    "cache_kv",
     *("sample_every", "sample_prompts", "sample_steps", "sample_guidance", "strengths"),
     *("measure", "measure_share", "measure_count", "measure_steps", "measure_batch", "measure_prompts"),
     *("subject", "class_name", "dino", "clip", "lpips", "patience"),

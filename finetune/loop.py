@@ -15,7 +15,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from finetune import adapters, checkpointing, engine, families, fast, keys, optim, prompting, rounding, sharding
+from finetune import (
+    adapters,
+    checkpointing,
+    engine,
+    families,
+    fast,
+    keys,
+    kv_cache,
+    optim,
+    prompting,
+    rounding,
+    sharding,
+)
 from finetune.adapters import Group
 from finetune.batches import Batch, Batches, drawn
 from finetune.data.encoding import Encodings, Track
@@ -70,6 +82,7 @@ class PictureLoss(nn.Module):
         objective = family.objective()
         check(settings, objective.prediction)
         self.objective = objective.zero_terminal() if settings.zero_terminal_snr else objective
+        self.keys_values = kv_cache.Known(family)
 
     def forward(self, batch: Batch, settings: Loss | None = None) -> Tensor:
         """L = w(t) * (mean(m * (prediction - target)^2) + u * mean((1 - mask) * (prediction - base)^2)), each picture.
@@ -124,7 +137,9 @@ class PictureLoss(nn.Module):
         if self.data.texts is None:
             return prompting.conditions(self.family, captions) | told
         known = [self.data.conditions(caption) for caption in captions]
-        return {name: torch.cat([each[name] for each in known]).to(device) for name in known[0]} | told
+        told |= {name: torch.cat([each[name] for each in known]).to(device) for name in known[0]}
+        self.keys_values.tell(captions, told)
+        return told
 
 
 class Training:
@@ -175,6 +190,7 @@ class Training:
         self.parameters = {name: parameter for name, parameter in own.items() if name in names}
         self.beside = {name: own[name] for name in beside}
         self.names = {parameter: name for name, parameter in self.parameters.items()}
+        self.known = model.keys_values
         self.compiled = _compiled(family, train.compile, list(self.parameters.values()))
         self.average = Average(self.parameters, train.ema, "cpu" if train.ema_on_cpu else None) if train.ema else None
         self.validation = Validation(self.batches, train.batch_size, accelerator)
@@ -281,7 +297,7 @@ class Training:
         acting = partial(adapters.at, self.whole.family)
         with self._in_turn():
             lr = optim.rate(self.optimizer)
-            with self.compiled:
+            with self.compiled, self.known:
                 loss = _accumulate(self.model, self.batches, step, self.train, self.accelerator, completing, acting)
             norm = early.norm(self.parameters.values()) if early else self._clip()
             torn = early is not None and len(early.optimizer.stepped) > 0
@@ -330,7 +346,7 @@ class Training:
         return bool(self.validation) and any(due(self.done, steps) for steps in every)
 
     def _validate(self) -> float:
-        with self._in_use():
+        with self._in_use(), self.known:
             self.validations[self.done] = self.validation.measure(self.model)
         return self.validations[self.done]
 

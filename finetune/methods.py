@@ -43,6 +43,9 @@ class Method:
     """The settings that it knows besides rank and alpha. Another one is refused where it is not at its default."""
     linear: bool = False
     """Whether it adds its strength times one change, so that -1 takes off what 1 adds."""
+    outside: bool = False
+    """Whether it leaves alone what goes into a layer and the layer's weights, so that the layer's own answer is as
+    without it"""
     bases: frozenset[str] = frozenset({"nf4", "int8"})
     """How the base under it may be quantised"""
     why: str = ""
@@ -218,7 +221,7 @@ NO, NF4, INT8 = frozenset[str](), frozenset({"nf4"}), frozenset({"int8"})
 PACKED = "PEFT makes its change in the shape that a weight is held in, and 4-bit weights are held two in a byte"
 RANKS = frozenset({"rank_pattern", "alpha_pattern", "conv_rank", "dropout"})
 METHODS = {
-    "lora": Method("LoRA", _lora, RANKS | {"rslora", "init", "lora_plus_ratio"}, linear=True),
+    "lora": Method("LoRA", _lora, RANKS | {"rslora", "init", "lora_plus_ratio"}, linear=True, outside=True),
     "dora": Method(
         "DoRA",
         partial(_lora, dora=True),
@@ -226,13 +229,13 @@ METHODS = {
         bases=NF4,
         why="PEFT's DoRA measures the weights at each step, and loses the scales of 8-bit ones by it on a CPU",
     ),
-    "loha": Method("LoHa", _loha, RANKS, linear=True, bases=INT8, why=PACKED),
-    "lokr": Method("LoKr", _lokr, RANKS | {"factor"}, linear=True, bases=INT8, why=PACKED),
+    "loha": Method("LoHa", _loha, RANKS, linear=True, outside=True, bases=INT8, why=PACKED),
+    "lokr": Method("LoKr", _lokr, RANKS | {"factor"}, linear=True, outside=True, bases=INT8, why=PACKED),
     "oft": Method("OFT", _oft, frozenset({"dropout"})),
     "boft": Method(
         "BOFT", _boft, frozenset({"dropout", "butterflies"}), bases=NO, why="PEFT's BOFT turns the base's own weights"
     ),
-    "ia3": Method("(IA)3", _ia3, frozenset()),
+    "ia3": Method("(IA)3", _ia3, frozenset(), outside=True),
 }
 """Adding one: its line here and in `settings.Method`; how its layers are read in `finetune.export.carried`; if no other
 writes changes down so, a formula in `finetune.export.change`."""

@@ -1,5 +1,5 @@
-"""Frozen blocks in the CPU's memory (`--offload-blocks`, kohya's --blocks_to_swap): each is brought to the GPU for its
-own pass, and the next one meanwhile.
+"""Frozen weights in the CPU's memory: whole blocks (`--offload-blocks`, kohya's --blocks_to_swap), each of which is
+brought to the GPU for its own pass, and the next one meanwhile; or single layers (`--cache-kv`), for a call each.
 
 The parameters are those in the CPU's memory (pinned where there is a GPU), so that who asks for them finds them whole;
 while a block computes, its layers have copies of them. What the backward pass needs of a copy is not kept: the block is
@@ -8,6 +8,7 @@ brought again. The numbers are the same, and so is all that is computed with the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
 
 from finetune import engine
 from finetune.errors import Fault
@@ -34,6 +36,45 @@ def check(model: Model, accelerator: Accelerator) -> None:
         raise Fault(
             f"--offload-blocks: in one process, not with {running}, which it was not tested with. Leave it out."
         )
+
+
+def rested(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor in the CPU's memory, from where it is sent to the device: pinned for a GPU."""
+    return tensor.cpu().pin_memory() if device.type == "cuda" else tensor
+
+
+class Resting(nn.Linear):
+    """A frozen layer whose weights stay in the CPU's memory, and are sent in for a call whose answer is not known."""
+
+    answer: tuple[Tensor, Tensor] | None = None
+    """What it answers now, whatever it is given: (known, ..., out), and which of these each row is, (B,)"""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.answer is not None:
+            known, rows = self.answer
+            return known[rows]
+        own = self.weight, self.bias
+        weight, bias = (None if p is None else p.to(input.device, non_blocking=True, copy=True) for p in own)
+        assert weight is not None
+        return functional.linear(input, weight, bias)
+
+    def _apply(self, change: Any, recurse: bool = True) -> Resting:
+        """PyTorch's, by which modules are moved: these weights stay."""
+        return self
+
+
+def rest(layers: Sequence[nn.Linear], device: torch.device | str) -> None:
+    """Hold these layers' weights, all frozen, in the CPU's memory."""
+    for layer in layers:
+        for weight in layer.parameters():
+            weight.requires_grad_(False)
+            weight.data = rested(weight.data, torch.device(device))
+        layer.__class__ = Resting
+
+
+def resting(part: nn.Module) -> list[Resting]:
+    """The layers of a part that do."""
+    return [layer for layer in part.modules() if isinstance(layer, Resting)]
 
 
 @dataclass(frozen=True)
@@ -80,8 +121,7 @@ class Block:
         self.places = [_Place(m, n, p) for m in module.modules() for n, p in m._parameters.items() if p is not None]
         for place in self.places:
             place.weight.requires_grad_(False)
-            if belt.device.type == "cuda":
-                place.weight.data = place.weight.data.cpu().pin_memory()
+            place.weight.data = rested(place.weight.data, belt.device)
         own: Any = module
         own._apply = self._apply
         module.register_forward_pre_hook(lambda *_: self._enter())

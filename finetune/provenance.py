@@ -40,7 +40,7 @@ UNTOLD = (
     *("optimizer_in_backward", "ema_on_cpu", "validate_every", "on_nan", "checkpoint_every", "keep_last", "keep_every"),
     *("sample_every", "sample_steps", "sample_guidance", "measure", "measure_share", "measure_count"),
     *("measure_steps", "measure_batch", "patience", "strengths", "sources", "fast", "compile"),
-    *("offload_blocks", "checkpoint_share"),
+    *("offload_blocks", "cache_kv", "checkpoint_share"),
 )
 """Those that are not: where things lie and what they are called there, how a run was watched and kept. A new setting
 stands in one of the two."""

@@ -37,6 +37,7 @@ from finetune import (
     ema,
     engine,
     families,
+    kv_cache,
     ledger,
     offload,
     optim,
@@ -121,6 +122,7 @@ class Run:
         )
         engine.require(train, self.accelerator)
         offload.check(model, self.accelerator)
+        kv_cache.check(config, self.accelerator)
         compiling.require(train, model, self.accelerator)
         self.optimizer = optim.resolve(optimizer.optimizer, self.device, engine.is_sharding(self.accelerator))
         self.console = Console(quiet=not self.leads)

@@ -41,6 +41,10 @@ class Model:
     """Keep the frozen weights of the denoiser's blocks in the CPU's memory, and bring each block to the GPU for its own
     pass, the next one meanwhile: two blocks are held at a time. The same training, in more time. Under
     adapters and new words, in one process; docs/memory.md."""
+    cache_kv: bool = False
+    """Keep the frozen weights that make cross-attention's keys and values in the CPU's memory, and with them what they
+    make of each caption, computed once; a step has that sent in. The same training, to rounding. Under adapters, for
+    Stable Diffusion 1.x, 2.x and XL, the text encoders frozen, in one process; docs/memory.md."""
     clip_skip: int | None = None
     """Which layer of CLIP is read, as clients count: 1 is the last, 2 the last but one (diffusers' clip_skip=1).
     Default: the checkpoint's own, 1 for Stable Diffusion 1.x and 2.x, 2 for XL; of adapters that are drawn with, what

@@ -25,6 +25,7 @@ from finetune.families.base import (
     denoiser,
     encode_sources,
     freeze,
+    keys_values,
     modules,
     sibling,
     takes_mask,
@@ -58,6 +59,7 @@ __all__ = [
     "denoiser",
     "encode_sources",
     "freeze",
+    "keys_values",
     "known",
     "load",
     "modules",
@@ -114,6 +116,8 @@ def load(source: Source, dtype: torch.dtype = torch.float32, device: torch.devic
         quantized.quantize(family, source.quantize, device)
     if source.offload_blocks:
         offload.put_on(denoiser(family), blocks(family), device)
+    if source.cache_kv:
+        offload.rest(keys_values(family), device)
     family.pipeline.to(device)
     freeze(family)
     return family

@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLInstructPix2PixPipeline,
 )
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -116,6 +117,9 @@ class Family(Protocol):
     """The pipeline's name of the module that predicts: "unet", "transformer"."""
     text_encoder_names: ClassVar[tuple[str, ...]]
     """The pipeline's names of the text encoders, in its order."""
+    attends_to: ClassVar[str | None]
+    """The condition that the denoiser's cross-attention makes keys and values of, as it is; None: it attends to prompt
+    and picture together."""
     adapter_targets: ClassVar[tuple[str, ...]]
     """Ends of the denoiser's module names that an adapter is put on by default."""
     text_adapter_targets: ClassVar[tuple[str, ...]]
@@ -249,6 +253,12 @@ def blocks(family: Family) -> list[nn.Module]:
     found = {path: module for path, module in part.named_modules() if type(module).__name__ in named}
     inner = [path for path in found if not any(other.startswith(f"{path}.") for other in found)]
     return [found[path] for path in sorted(inner, key=lambda path: path.partition(".")[0])]  # down, mid, up
+
+
+def keys_values(family: Family) -> list[nn.Linear]:
+    """The layers that make keys and values of the prompt alone, before an adapter is on them."""
+    attending = [m for m in denoiser(family).modules() if isinstance(m, Attention) and m.is_cross_attention]
+    return [layer for one in attending for layer in (one.to_k, one.to_v)]
 
 
 def takes_mask(family: Family) -> bool:

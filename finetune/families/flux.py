@@ -80,6 +80,7 @@ class Flux:
     title: ClassVar[str] = "FLUX.1"
     denoiser_name: ClassVar[str] = "transformer"
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    attends_to: ClassVar[str | None] = None
     adapter_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     )

@@ -42,6 +42,7 @@ class Flux2Klein:
     title: ClassVar[str] = "FLUX.2 klein"
     denoiser_name: ClassVar[str] = "transformer"
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    attends_to: ClassVar[str | None] = None
     adapter_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         "to_qkv_mlp_proj",

@@ -76,6 +76,7 @@ class StableDiffusion3:
     title: ClassVar[str] = "Stable Diffusion 3"
     denoiser_name: ClassVar[str] = "transformer"
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    attends_to: ClassVar[str | None] = None
     adapter_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     )

@@ -59,6 +59,7 @@ class StableDiffusionXL:
     title: ClassVar[str] = "Stable Diffusion XL"
     denoiser_name: ClassVar[str] = "unet"
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    attends_to: ClassVar[str | None] = "text"
     adapter_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     text_adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
     trained_text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")

@@ -42,6 +42,7 @@ class Source:
     model_config: str | None = None
     quantize: str | None = None
     offload_blocks: bool = False
+    cache_kv: bool = False
     clip_skip: int | None = None
     text_chunks: int | None = None
 

@@ -39,6 +39,7 @@ class ZImage:
     title: ClassVar[str] = "Z-Image"
     denoiser_name: ClassVar[str] = "transformer"
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    attends_to: ClassVar[str | None] = None
     adapter_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     text_adapter_targets: ClassVar[tuple[str, ...]] = ()
     trained_text_encoders: ClassVar[tuple[str, ...]] = ()

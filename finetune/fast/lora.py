@@ -15,13 +15,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from finetune.fast.recompute import Normed
+from finetune.offload import Resting
 
 HELD = Tensor, FakeTensor
 """What a plain weight is: the second in a plan, where nothing has data"""
 FIXED = 5
 """Arguments of `_LowRank` before A and B"""
-Frozen = tuple[Tensor, Tensor | None]
-"""W and b"""
+Frozen = tuple[Tensor | None, Any]
+"""W and b; without W, W x + b"""
 
 
 class Thin(NamedTuple):
@@ -63,7 +64,7 @@ class _LowRank(Function):
         *halves: Tensor,
     ) -> tuple[Tensor, ...]:
         """`own`: A and B of each adapter in x's precision; `halves`: as they train"""
-        rows, ys = x.reshape(-1, x.shape[-1]), [functional.linear(x, *layer) for layer in frozen]
+        rows, ys = x.reshape(-1, x.shape[-1]), [b if w is None else functional.linear(x, w, b) for w, b in frozen]
         masks = []
         for group in _groups(thin):
             given = rows
@@ -168,10 +169,14 @@ def _computed(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
         for name in _active(layer, x):
             thin.append(Thin(number, len(halves), layer.scaling[name], _share(layer.lora_dropout[name])))
             halves += [half[name].weight for half in (layer.lora_A, layer.lora_B)]
-    frozen = tuple((layer.base_layer.weight, layer.base_layer.bias) for layer in layers)
+    frozen = tuple(_frozen(layer.base_layer, x) for layer in layers)
     own = tuple(_in(x.dtype, half) for half in halves)
     made: tuple[Tensor, ...] = _LowRank.apply(x, frozen, tuple(thin), getattr(x, "normed", None), own, *halves)
     return made
+
+
+def _frozen(base: Any, x: Tensor) -> Frozen:
+    return (None, base(x)) if isinstance(base, Resting) else (base.weight, base.bias)
 
 
 class Conv2d(lora.Conv2d):
@@ -224,7 +229,7 @@ def _in(dtype: torch.dtype, weight: Tensor) -> Tensor:
 def _is_plain(layer: Any, kind: Any) -> bool:
     """Not DoRA or another variant, nor on a base that trains or whose weight is no tensor of floats."""
     base = layer.base_layer
-    known = type(base) is kind and type(base.weight.data) in HELD and base.weight.is_floating_point()
+    known = type(base) in (kind, Resting) and type(base.weight.data) in HELD and base.weight.is_floating_point()
     plain = not layer.lora_variant and not any(layer.lora_bias.values())
     return bool(known and plain and not base.weight.requires_grad)
 

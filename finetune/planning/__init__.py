@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from finetune import adapters, checkpointing, data, engine, offload, optim, sliders
+from finetune import adapters, checkpointing, data, engine, kv_cache, offload, optim, sliders
 from finetune.errors import Fault
 from finetune.families import Source
 from finetune.planning import blank, ladder, phases, tracking
@@ -179,6 +179,7 @@ def _require_known(config: Any) -> None:
         raise Fault("no plan is made of this recipe: it has not the settings of those that come with the package.")
     checkpointing.check(config.train.checkpoint_share)
     offload.check(config.model, phases.accelerator(config, cpu=True))
+    kv_cache.check(config, phases.accelerator(config, cpu=True))
     if hasattr(config, "full"):
         adapters.require_whole(config.model)
     if hasattr(config, "adapter"):

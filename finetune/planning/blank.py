@@ -59,6 +59,8 @@ def family(source: Source, dtype: torch.dtype, cpu: bool = True) -> Family:
         codes.quantize(made, source.quantize, cpu)
     if source.offload_blocks:
         offload.put_on(families.denoiser(made), families.blocks(made), "cpu")
+    if source.cache_kv:
+        offload.rest(families.keys_values(made), "cpu")
     families.freeze(made)
     return made
 

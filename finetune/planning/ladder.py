@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from finetune import kv_cache
 from finetune.methods import METHODS
 from finetune.planning.phases import Taken
 
@@ -53,9 +54,8 @@ class Plan:
         for row in self.rows:
             for flag in f" {row.flags}".split(" --")[1:] if row.used else ():
                 name = flag.split()[0]
-                used[name] = f"--{flag}"
-                if name.startswith("no-"):  # what an earlier rung asked for
-                    del used[name], used[name.removeprefix("no-")]
+                if used.pop(name.removeprefix("no-"), None) is None or not name.startswith("no-"):
+                    used[name] = f"--{flag}"  # else an earlier rung asked for what is taken back
         return " ".join(used.values())
 
 
@@ -106,14 +106,19 @@ def rungs(config: Any, side: int) -> Iterator[Rung]:
         flags = "--weights bf16" + (" --precision bf16" if train.precision != "bf16" else "")
         cost = "weights are rounded by chance"
         yield _rung(config, flags, cost, full={"weights": "bf16"}, train={"precision": "bf16"})
-    plain = config.model.quantize is None and not config.model.offload_blocks
-    if full is None and plain:
-        yield _rung(config, "--offload-blocks", "weights are sent in twice a step", model={"offload_blocks": True})
+    if not config.model.cache_kv and kv_cache.hindrance(config) is None:
+        cost = "samples: weights are sent in each step"
+        yield _rung(config, "--cache-kv", cost, model={"cache_kv": True})
+    if full is None and config.model.quantize is None and not config.model.offload_blocks:
+        flags = "--offload-blocks" + (" --no-cache-kv" if config.model.cache_kv else "")
+        cost = "weights are sent in twice a step"
+        yield _rung(config, flags, cost, model={"offload_blocks": True, "cache_kv": False})
     bases = METHODS[config.adapter.method].bases if hasattr(config, "adapter") else ()
     for kind, cost in (("int8", "the base in 8 bits, more time"), ("nf4", "the base in 4 bits, more time")):
         if config.model.quantize is None and kind in bases:
-            flags = f"--quantize {kind}" + ("" if plain else " --no-offload-blocks")
-            yield _rung(config, flags, cost, model={"quantize": kind, "offload_blocks": False})
+            elsewhere = {name: False for name in ("offload_blocks", "cache_kv") if getattr(config.model, name)}
+            flags = f"--quantize {kind}" + "".join(f" --no-{name.replace('_', '-')}" for name in elsewhere)
+            yield _rung(config, flags, cost, model={"quantize": kind, **elsewhere})
     smaller = max(config.framing.resolution, default=side) * 3 // 4 // GRAIN * GRAIN
     if smaller >= SMALLEST:
         yield _rung(config, f"--resolution {smaller}", "smaller pictures", framing={"resolution": (smaller,)})

@@ -6,10 +6,12 @@ The work is the training's own: its model, adapter, fast path, loss, loop and op
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -91,14 +93,13 @@ def imagined(config: Any, load: Callable[[], Family], size: tuple[int, int], ker
             flops[name] = live.flops - before
             return live.peak
 
-        def loaded() -> Family:
-            family = load()
-            for weight in () if kernels else offload.weights(_part(family)):
-                live.leave(weight)
-            return family
+        def rested(tensor: Tensor, device: object) -> Tensor:
+            live.leave(tensor)
+            return tensor
 
         alone = accelerator(config, cpu=True)
-        peaks = run(config, loaded(), size, meter, alone, lambda family: _filled(family, loaded()))
+        with nullcontext() if kernels else mock.patch.object(offload, "rested", rested):
+            peaks = run(config, load(), size, meter, alone, lambda family: _filled(family, load()))
         return Taken(peaks, flops["train"] // _steps(config))
 
 
@@ -109,8 +110,9 @@ def measured(config: Any, source: Source, size: tuple[int, int]) -> Taken:
     kept: list[object] = []
 
     def meter(name: str, family: Family, work: Callable[[], object], aside: nn.Module | None = None) -> int:
-        held = tracking.held_by([*families.modules(family).values(), *map(_remembered, kept)])
-        above = tracking.measured(lambda: kept.append(work()), _part(family).device)
+        device = _part(family).device
+        held = tracking.held_by([*families.modules(family).values(), *map(_remembered, kept)], device)
+        above = tracking.measured(lambda: kept.append(work()), device)
         if isinstance(kept[-1], Training):
             seconds.append(next(iter(kept[-1])).seconds)  # unobserved
         return held + above
@@ -153,7 +155,7 @@ def _remembered(made: object) -> Any:
     """What a training holds beside the weights."""
     if not isinstance(made, Training):
         return None
-    return made.optimizer.state_dict(), made.average.shadow if made.average else {}
+    return made.optimizer.state_dict(), made.average.shadow if made.average else {}, made.known.held
 
 
 def _filled(family: Family, other: Family) -> None:

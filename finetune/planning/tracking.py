@@ -144,12 +144,13 @@ def _some(dtype: torch.dtype) -> Any:
     return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
-def held_by(values: Any) -> int:
-    """Bytes of the storages of the tensors among values, of modules their weights and buffers."""
+def held_by(values: Any, device: torch.device) -> int:
+    """Bytes on a device of the storages of the tensors among values, of modules their weights and buffers."""
     parts = [value for value in tree_iter(values) if isinstance(value, nn.Module)]
     tensors = [value for value in tree_iter(values) if isinstance(value, Tensor)]
     tensors += [tensor for part in parts for tensor in (*part.parameters(), *part.buffers(), *codes.beside(part))]
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    here = [tensor for tensor in tensors if tensor.device.type == device.type]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in here}.values())
 
 
 def measured(work: Callable[[], object], device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ def test_cheap_rungs_come_first_and_those_that_save_nothing_are_left_out() -> No
     assert [row.saves for row in plan.rows] == [0, 134, 66, 150]
     plan = ladder.find(asked, 1024, taken, 101)
     assert plan.fits and plan.flags.endswith("--accumulation 8 --precision bf16 --resolution 768")
-    unused = ["--optimizer adamw8bit", "--offload-blocks", "--quantize int8", "--quantize nf4"]
+    unused = ["--optimizer adamw8bit", "--cache-kv", "--offload-blocks", "--quantize int8", "--quantize nf4"]
     assert [(row.flags, row.saves) for row in plan.rows if not row.used] == [(flags, 0) for flags in unused]
     assert plan.config.train.batch_size == 1 and plan.config.framing.resolution == (768,)
     assert plan.config.optim == asked.optim
@@ -79,6 +80,21 @@ def test_a_base_is_quantised_where_the_method_works_on_it_and_it_is_not_yet() ->
     assert offered() == ["--quantize int8", "--quantize nf4"]
     assert offered("--quantize", "nf4") == [] == offered("--method", "boft")
     assert offered("--offload-blocks")[1] == "--quantize nf4 --no-offload-blocks"
+    assert offered("--cache-kv")[1] == "--quantize nf4 --no-cache-kv"
+
+
+def test_keys_and_values_are_kept_where_they_can_be(tiny_models: dict[str, Path]) -> None:
+    """Before blocks are offloaded, which they are out of the memory by too."""
+
+    def offered(recipe: str, *words: str) -> list[str]:
+        found = [rung.flags for rung in ladder.rungs(settings(recipe, *words), 256)]
+        return [flags for flags in found if flags.startswith(("--cache-kv", "--offload"))]
+
+    assert offered("lora") == ["--cache-kv", "--offload-blocks"] == offered("slider")
+    assert offered("lora", "--cache-kv") == ["--offload-blocks --no-cache-kv"]
+    without = ["--method", "dora"], ["--text-encoder-lr", "1e-5"], ["--model", str(tiny_models["flux"])]
+    assert all(offered("lora", *words) == ["--offload-blocks"] for words in without)
+    assert offered("textual_inversion") == ["--offload-blocks"] and offered("dreambooth") == []
 
 
 def test_what_an_earlier_rung_asked_for_is_not_told_where_a_later_one_takes_it_back() -> None:
@@ -87,6 +103,8 @@ def test_what_an_earlier_rung_asked_for_is_not_told_where_a_later_one_takes_it_b
 
     plan = ladder.find(settings("lora", "--optimizer", "adafactor"), 256, nf4_saves, 60)
     assert plan.flags == "--quantize nf4" and [row.flags for row in plan.rows if row.used][1] == "--offload-blocks"
+    plan = ladder.find(settings("lora", "--optimizer", "adafactor", "--offload-blocks"), 256, nf4_saves, 50)
+    assert plan.flags == "--quantize nf4 --no-offload-blocks"
 
 
 @pytest.mark.parametrize(("said", "bytes_"), [("8GB", 2**33), ("7.5 GiB", 7.5 * 2**30), ("600M", 600 * 2**20)])

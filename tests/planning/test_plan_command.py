@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune import cli, engine
+from finetune import cli, engine, families
+from finetune.families import Source
 from finetune.planning import CONTEXT
 
 MIB = 2**20
@@ -82,16 +83,21 @@ def test_train_applies_the_plan(
     assert (tmp_path / "run" / "adapter.safetensors").is_file()
 
 
-def test_offloaded_blocks_are_not_in_a_gpus_memory(
+def test_what_is_in_the_cpus_memory_is_not_in_a_gpus(
     tiny_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The weights of its blocks are 0.9 of the UNet, of which two blocks are there at a time."""
+    """The weights of its blocks are 0.9 of the UNet, of which two blocks are there at a time; those that make keys and
+    values are there in no phase, and what they make of the caption in steps."""
     words = "--gradient-checkpointing", "--json"
-    plain, own = (
+    plain, blocks, own = (
         json.loads(plan(capsys, tiny_models["sd"], *words, *flags)[0])["phases"]
-        for flags in ((), ("--offload-blocks",))
+        for flags in ((), ("--offload-blocks",), ("--cache-kv",))
     )
-    assert own["encode"] < plain["encode"] - 300_000 and own["train"] < plain["train"] - 300_000
+    assert blocks["encode"] < plain["encode"] - 300_000 and blocks["train"] < plain["train"] - 300_000
+    layers = families.keys_values(families.load(Source(str(tiny_models["sd"]))))
+    weights, caption = sum(each.weight.nbytes for each in layers), sum(77 * 4 * each.out_features for each in layers)
+    assert own["encode"] == plain["encode"] - weights > 0
+    assert own["train"] == pytest.approx(plain["train"] - weights + caption, rel=0.01)
 
 
 @pytest.mark.slow

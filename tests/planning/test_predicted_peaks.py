@@ -21,6 +21,8 @@ SLOW = [
     ("sdxl", "lora", "--quantize int8 --precision bf16"),
     ("sd", "pivotal", ""),
     ("sdxl", "lora", "--offload-blocks"),
+    ("sdxl", "lora", "--cache-kv --sample-every 5"),
+    ("sd", "lora", "--cache-kv --gradient-checkpointing --precision bf16 --prior-from base --class-prompt dog"),
     ("flux", "lora", "--offload-blocks --gradient-checkpointing --precision bf16"),
     ("sd", "lora", "--gradient-checkpointing --checkpoint-share 0.5 --batch-size 2"),
     ("flux", "slider", "--target a --positive b --negative c"),
