@@ -6,11 +6,10 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from finetune import provenance
+from finetune import engine, provenance
 from finetune.bench.equal import Equal
 from finetune.bench.measuring import Run, Step
 
@@ -86,11 +85,8 @@ def record(result: Result) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What it was measured on, without its name."""
-    info = Path("/proc/cpuinfo")
-    told = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    model = [line.partition(":")[2].strip() for line in told if line.startswith("model name")]
     return {
-        "processor": model[0] if model else platform.processor(),
+        "processor": engine.processor(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "load": [round(one, 1) for one in os.getloadavg()],
