@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +37,14 @@ OURS = {
 def device() -> str:
     """The accelerator of this machine, else its CPU."""
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def processor() -> str:
+    """What this machine's CPU is called."""
+    info = Path("/proc/cpuinfo")
+    told = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in told if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def dtype(precision: str) -> torch.dtype:

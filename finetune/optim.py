@@ -35,8 +35,12 @@ class Known:
     options: Mapping[str, Any] = field(default_factory=dict)
     separable: bool = True
     """Whether a parameter's step follows from its own gradient and state, whatever the others' are."""
+    foreach: bool = False
+    """Whether it can step all parameters by a few calls, which hold values of all of them meanwhile."""
 
 
+FEW = 2**26
+"""Numbers of parameters up to which what is held to step them together is not missed: 256 MiB each time"""
 SHARDED = ("adamw",)
 """Optimizers that were tested with a shared out state."""
 
@@ -60,9 +64,9 @@ KNOWN = {
         separable=False,
     ),
     # Defazio et al. 2024, 2405.15682
-    "schedulefree": Known("schedulefree", "schedulefree", "AdamWScheduleFree", {"betas": BETAS}),
+    "schedulefree": Known("schedulefree", "schedulefree", "AdamWScheduleFree", {"betas": BETAS}, foreach=True),
     # Luo et al. 2023, 2307.02047
-    "came": Known("pytorch_optimizer", "pytorch_optimizer", "CAME", {"betas": (0.9, 0.999, 0.9999)}),
+    "came": Known("pytorch_optimizer", "pytorch_optimizer", "CAME", {"betas": (0.9, 0.999, 0.9999)}, foreach=True),
 }
 
 
@@ -164,7 +168,8 @@ def optimizer(groups: list[Group], settings: Optim, device: torch.device, sharde
     name = resolve(settings.optimizer, device, sharded)
     rates = [{"params": group.parameters, "lr": group.lr} for group in groups]
     with redirect_stdout(None):  # Prodigy prints how it decays weights
-        made = _class(name)(rates, lr=settings.lr, weight_decay=settings.weight_decay, **KNOWN[name].options)
+        options = {**KNOWN[name].options, **_together(KNOWN[name], groups, device)}
+        made = _class(name)(rates, lr=settings.lr, weight_decay=settings.weight_decay, **options)
     _switch(made, "train")
     return made
 
@@ -252,6 +257,13 @@ def only(optimizer: Any, groups: Sequence[bool]) -> Iterator[None]:
         yield
     finally:
         inner.param_groups = every
+
+
+def _together(known: Known, groups: Sequence[Group], device: torch.device) -> dict[str, bool]:
+    """All parameters by a few calls, where calls cost more than they compute: on a GPU, of an adapter. A CPU gains
+    nothing by it, and beside a whole model there may be no room for what is held."""
+    count = sum(parameter.numel() for group in groups for parameter in group.parameters)
+    return {"foreach": device.type != "cpu" and count <= FEW} if known.foreach else {}
 
 
 def _class(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,7 @@ def test_less_is_kept_and_less_is_done(
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of Stable Diffusion 1.5's topology: as many layers, an eighth as wide."""
-    return sd15.save(tmp_path_factory.mktemp("whole") / "model", 8)
+    return sd15.save(tmp_path_factory.mktemp("whole") / "model", replace(sd15.MODELS["quarter"], divisor=8))
 
 
 def ours(folder: Path, pictures: Path, dtype: torch.dtype) -> Callable[[], object]:

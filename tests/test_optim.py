@@ -57,6 +57,28 @@ def test_every_optimizer_learns_and_goes_on_from_its_state_to_the_bit(name: str)
     assert [step(other, *again, x, y) for _ in range(5)] == onward
 
 
+@pytest.mark.parametrize("name", [name for name, known in optim.KNOWN.items() if known.foreach])
+def test_all_parameters_at_once_step_as_one_by_one_to_the_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a GPU trains an adapter; a CPU and a whole model go one by one. Either goes on from the other's state."""
+
+    def made(device: str) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+        weights = list(regression()[:2])
+        return optim.optimizer([Group("ab", weights, 1e-2)], asked(name), torch.device(device)), weights
+
+    (together, ours), (alone, theirs) = made("cuda"), made("cpu")
+    assert together.param_groups[0]["foreach"] and not alone.param_groups[0]["foreach"]
+    x, y = regression()[2:]
+    for number in range(6):
+        assert step(together, *ours, x, y) == step(alone, *theirs, x, y)
+        if number == 2:
+            kept = copy.deepcopy(together.state_dict()), copy.deepcopy(alone.state_dict())
+            together.load_state_dict(kept[1])
+            alone.load_state_dict(kept[0])
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    monkeypatch.setattr(optim, "FEW", 10)
+    assert not made("cuda")[0].param_groups[0]["foreach"]
+
+
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "came", "schedulefree"])
 def test_each_group_trains_at_its_own_rate(name: str) -> None:
     a, b, x, y = regression()

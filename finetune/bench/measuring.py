@@ -39,6 +39,8 @@ class Run:
     """Of the whole on the clock"""
     peak: int
     """Bytes: the most that was held up to the last step, on the GPU where there is one"""
+    before: int
+    """Bytes that were held before there was a model, libraries most of all; of a GPU's none"""
     versions: dict[str, str]
     device: str | None
 
@@ -75,6 +77,7 @@ def run(trainer: Trainer, work: Work, place: Path, threads: int) -> Run:
         whole=used.ru_utime + used.ru_stime,
         wall=wall,
         peak=told["peak"],
+        before=told["before"],
         versions=told["versions"],
         device=told["device"],
     )

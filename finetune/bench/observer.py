@@ -80,13 +80,14 @@ class Observer:
         self.parameters: dict[str, nn.Parameter] = {}
         self.kept: Kept | None = None
         self.counted = Counted()
-        self._prepare, self._backward = Accelerator.prepare, Accelerator.backward
+        self._begin, self._prepare, self._backward = Accelerator.__init__, Accelerator.prepare, Accelerator.backward
 
     def install(self) -> None:
         register_optimizer_step_post_hook(self._stepped)
+        known: Any = Accelerator
+        known.__init__ = lambda accelerator, *given, **named: self._begun(accelerator, given, named)
         if self.plan["seed"] is None:
             return
-        known: Any = Accelerator
         known.prepare = lambda accelerator, *given, **named: self._prepared(accelerator, given, named)
         known.backward = lambda accelerator, loss, **named: self._passed(accelerator, loss, named)
         _inject_torch(self)
@@ -98,6 +99,11 @@ class Observer:
 
     def timestep(self, row: int) -> int:
         return int(_rng(self.plan["seed"], "timestep", self.done, row).integers(TIMESTEPS))
+
+    def _begun(self, accelerator: Accelerator, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Trainers make one before they load a model."""
+        self.found.setdefault("before", 0 if self.cuda else _held("VmRSS"))
+        self._begin(accelerator, *given, **named)
 
     def _prepared(self, accelerator: Accelerator, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """What the parameters are called; adapters begin with the same values in all trainers."""
@@ -148,17 +154,7 @@ class Observer:
 
     def _peak(self) -> int:
         """Bytes: the most that was held at once, on the GPU where there is one."""
-        if self.cuda:
-            return torch.cuda.max_memory_allocated()
-        status = Path("/proc/self/status")
-        if status.exists():
-            told = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-            if told:
-                return int(told[1]) * 1024
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return torch.cuda.max_memory_allocated() if self.cuda else _held("VmHWM")
 
     def report(self) -> None:
         if self.cuda:
@@ -172,6 +168,18 @@ class Observer:
 
 
 VERSIONS = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "finetune")
+
+
+def _held(which: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most; where Linux does not tell, at most."""
+    status = Path("/proc/self/status")
+    told = re.search(rf"{which}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if told:
+        return int(told[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def plain(name: str) -> str:

@@ -6,15 +6,15 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from finetune import provenance
+from finetune import engine, provenance
 from finetune.bench.equal import Equal
+from finetune.bench.floor import Floor
 from finetune.bench.measuring import Run, Step
 
-MIB = 2**20
+MIB, TERA = 2**20, 1e12
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Result:
     did: tuple[Step, Step]
     runs: tuple[Sequence[Run], Sequence[Run]]
     """The runs of each, pair by pair; none where the work is not equal"""
+    floors: tuple[Floor | None, Floor | None] = (None, None)
+    """What each takes at least; None: nobody knows"""
+    most: float | None = None
+    """FLOP/s that the device reaches, measured"""
 
 
 def markdown(result: Result) -> str:
@@ -63,6 +67,7 @@ def markdown(result: Result) -> str:
         lines.append(["kept for the backward pass", *kept, f"{mine.kept / other.kept:.2f}"])
         computed = [f"{step.computed:,}" for step in result.did]
         lines.append(["computations of a step", *computed, f"{mine.computed / other.computed:.2f}"])
+        lines += _floors(result)
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines) if pairs else ""
     said = "the same work" if result.equal.holds else "not the same work, so no ratio is told"
     return f"{table}\n{said}: {result.equal.said()}\n"
@@ -73,24 +78,49 @@ def record(result: Result) -> dict[str, Any]:
     runs = [{name: value for name, value in vars(run).items() if name != "versions"} for run in _every(result)]
     did = [{name: value for name, value in vars(step).items() if name != "gradients"} for step in result.did]
     versions = {run.trainer: run.versions for run in _every(result)}
+    floors = {name: floor and vars(floor) for name, floor in zip(result.names, result.floors, strict=True)}
     return {
         "trainers": result.names,
         "settings": dict(result.settings),
         "equal": {**vars(result.equal), "holds": result.equal.holds},
         "steps": dict(zip(result.names, did, strict=True)),
+        "floors": floors,
+        "most": result.most,
         "runs": runs,
         "machine": machine(),
         "versions": {"this": provenance.software(), "python": platform.python_version(), **versions},
     }
 
 
+def _floors(result: Result) -> list[list[str]]:
+    """Time beside the arithmetic, memory beside the plan."""
+    if result.most is None or not any(result.floors):
+        return []
+    most = result.most
+
+    def row(name: str, how: str, value: Callable[[Floor, Sequence[Run]], float]) -> list[str]:
+        sides = zip(result.floors, result.runs, strict=True)
+        return [name, *(how.format(value(floor, runs)) if floor else "" for floor, runs in sides), ""]
+
+    def reached(floor: Floor, runs: Sequence[Run]) -> float:
+        return floor.flops / median(run.step for run in runs)
+
+    def held(floor: Floor, runs: Sequence[Run]) -> float:
+        return median(run.peak - run.before for run in runs) / floor.bytes
+
+    return [
+        row("arithmetic of a step", "{:.4g} TFLOP", lambda floor, runs: floor.flops / TERA),
+        row("reached", "{:.4g} TFLOP/s", lambda floor, runs: reached(floor, runs) / TERA),
+        row(f"of {most / TERA:.4g} TFLOP/s at most", "{:.2f}", lambda floor, runs: reached(floor, runs) / most),
+        row("peak of tensors, planned", "{:,.0f} MiB", lambda floor, runs: floor.bytes / MIB),
+        row("peak above what there was before the model / planned", "{:.2f}", held),
+    ]
+
+
 def machine() -> dict[str, Any]:
     """What it was measured on, without its name."""
-    info = Path("/proc/cpuinfo")
-    told = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    model = [line.partition(":")[2].strip() for line in told if line.startswith("model name")]
     return {
-        "processor": model[0] if model else platform.processor(),
+        "processor": engine.processor(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "load": [round(one, 1) for one in os.getloadavg()],

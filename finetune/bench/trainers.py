@@ -58,6 +58,8 @@ class Trainer:
     """Of the work and of an empty folder for its output"""
     prior: bool = True
     """Whether a step sees class pictures beside the subject's; else as many subject pictures more"""
+    own: bool = False
+    """Whether it is `finetune train`, of which a plan can be made"""
 
 
 def ours(fast: bool = True) -> Trainer:
@@ -72,7 +74,7 @@ def ours(fast: bool = True) -> Trainer:
         words += ["--class-data", work.classes, "--class-prompt", CLASS_PROMPT] if work.classes else ["--no-prior"]
         return Command([*map(str, words), "--fast" if fast else "--no-fast"], module="finetune")
 
-    return Trainer("finetune" if fast else "finetune --no-fast", command)
+    return Trainer("finetune" if fast else "finetune --no-fast", command, own=True)
 
 
 def diffusers(given: Path, recipe: Recipe, python: str | None = None) -> Trainer:

@@ -18,9 +18,13 @@ if TYPE_CHECKING:
     from finetune.bench.tables import Result
     from finetune.bench.trainers import Trainer, Work
 
+MODELS = ("quarter", "sd15", "sdxl")
+"""What may be made, see `bench.model`"""
 RECORD, TABLE = "bench.json", "bench.md"
 COUNTED = 2
 """Steps of the trainings that are compared and counted"""
+SIDE = 256
+"""Of the pictures, in pixels, where a model is named"""
 
 
 @dataclass(frozen=True)
@@ -44,16 +48,18 @@ class Config:
     """What is trained."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of both."""
-    model: Path | None = None
-    """Diffusers folder of a Stable Diffusion 1.x. Default: one of its topology is made, with random weights."""
-    divisor: Literal[1, 2, 4, 8] = 4
-    """Divide its widths by this: 1 is its true size. At 4 and 256 px attention weighs as much as at 1 and 512 px."""
+    model: Literal["quarter", "sd15", "sdxl"] | Path = "quarter"
+    """What is made, with random weights: `quarter`, Stable Diffusion 1.5 with every width divided by four, whose
+    attention weighs as much at 256 px as the whole model's at 512 px; `sd15` or `sdxl` in their true size, 2 and 7 GB
+    in bf16 files. Or a diffusers folder."""
+    divisor: Literal[1, 2, 4, 8] | None = None
+    """Divide the widths by this. Default: the model's own, 4 or 1."""
     data: Path | None = None
     """Folder of the pictures, which are made squares of the resolution. Default: those of a shipped subject."""
     class_data: Path | None = None
     """Folder of the class pictures. Default: those of another shipped subject. Against kohya there are none."""
-    resolution: int = 256
-    """Side in pixels."""
+    resolution: int | None = None
+    """Side in pixels. Default: 256, of sd15 512, of sdxl 1024."""
     rank: int = 16
     """Rank of the LoRA."""
     batch_size: int = 1
@@ -95,25 +101,32 @@ def _check(config: Config) -> None:
             raise Fault(f"--{name.replace('_', '-')} {getattr(config, name)}: at least {least}.")
     if config.python and not config.against:
         raise Fault("--python: is for another trainer's script. Name one: --against diffusers PATH.")
+    if isinstance(config.model, Path) and not config.model.is_dir():
+        raise Fault(f"--model {config.model}: there is no such folder. Name one, or {', '.join(MODELS)}.")
+    if isinstance(config.model, Path) and config.divisor:
+        raise Fault(f"--divisor {config.divisor}: is for a model that is made, and {config.model} is there already.")
+    if config.against and config.model == "sdxl":
+        raise Fault(f"--against {config.against[0]} --model sdxl: its script trains Stable Diffusion 1.x. Take sd15.")
 
 
 def _work(config: Config, other: Trainer) -> Work:
     """The model and the pictures, made."""
     from finetune import shelf
-    from finetune.bench import model, pictures, trainers
+    from finetune.bench import pictures, trainers
 
     place = config.output.absolute()
+    model, resolution = _model(config, place)
     data = config.data or shelf.datasets() / "gizmo" / "pictures"
     class_data = config.class_data or shelf.datasets() / "pip" / "pictures"
-    subjects = pictures.squares(data, place / "pictures", config.resolution)
-    classes = pictures.squares(class_data, place / "class-pictures", config.resolution) if other.prior else None
+    subjects = pictures.squares(data, place / "pictures", resolution)
+    classes = pictures.squares(class_data, place / "class-pictures", resolution) if other.prior else None
     return trainers.Work(
-        model=config.model.absolute() if config.model else model.save(place / "model", config.divisor),
+        model=model,
         subjects=subjects,
         classes=classes,
         recipe=config.recipe,
         precision=config.precision,
-        resolution=config.resolution,
+        resolution=resolution,
         rank=config.rank,
         batch=config.batch_size * (1 if other.prior else 2),
         steps=config.steps,
@@ -121,8 +134,27 @@ def _work(config: Config, other: Trainer) -> Work:
     )
 
 
+def _model(config: Config, place: Path) -> tuple[Path, int]:
+    """Its folder, made where none is named, and the side of its pictures."""
+    if isinstance(config.model, Path):
+        return config.model.absolute(), config.resolution or SIDE
+    import torch
+
+    from finetune.bench import model
+
+    made = model.MODELS[config.model]
+    if config.divisor:
+        made = dataclasses.replace(made, divisor=config.divisor)
+    if config.against:  # of other files it is not known what another trainer makes of them
+        made = dataclasses.replace(made, dtype=torch.float32)
+    _say(f"{config.model}: made with random weights")
+    return model.save(place / "model", made), config.resolution or made.resolution
+
+
 def _measured(config: Config, pair: tuple[Trainer, Trainer], work: Work) -> Result:
-    from finetune.bench import equal, measuring, pictures
+    import torch
+
+    from finetune.bench import equal, floor, measuring, pictures
     from finetune.bench.tables import Result
 
     place = config.output.absolute()
@@ -142,8 +174,13 @@ def _measured(config: Config, pair: tuple[Trainer, Trainer], work: Work) -> Resu
         runs[which].append(measuring.run(pair[which], work, folder, config.threads))
     told = {name: value for name, value in vars(work).items() if not isinstance(value, Path)}
     told |= {"prior": work.classes is not None, "threads": config.threads}
-    told |= {"divisor": None if config.model else config.divisor}
-    return Result((pair[0].name, pair[1].name), told, same, (did[0], did[1]), runs)
+    told |= {"model": None if isinstance(config.model, Path) else config.model, "divisor": config.divisor}
+    names = pair[0].name, pair[1].name
+    if not same.holds:
+        return Result(names, told, same, (did[0], did[1]), runs)
+    torch.set_num_threads(config.threads)
+    floors = floor.of(pair[0], work, place), floor.of(pair[1], work, place)
+    return Result(names, told, same, (did[0], did[1]), runs, floors, floor.most(config.precision))
 
 
 def _say(text: str) -> None:

@@ -1,7 +1,8 @@
-"""What a training would take of memory, and what to change so that it fits: `finetune plan`, `finetune train --vram`.
+"""What a training would take, and what to change so that it fits: `finetune plan`, `finetune train --vram`.
 
 The training's own code runs on tensors that have shapes and no data (`tracking`), of a model that is built by its
-configuration (`blank`), through what a run does one after the other (`phases`), while what is held is counted.
+configuration (`blank`), through what a run does one after the other (`phases`), while what is held is counted, and what
+is computed (`work`), which takes time by a machine's `rates`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from finetune import adapters, checkpointing, data, engine, kv_cache, offload, optim, sliders
 from finetune.errors import Fault
 from finetune.families import Source
-from finetune.planning import blank, ladder, phases, tracking
+from finetune.planning import blank, ladder, phases, rates, tracking
 from finetune.planning.phases import Taken
+from finetune.planning.rates import Rates
+from finetune.planning.work import Work
 from finetune.settings import Data
 
 GIB = 2**30
@@ -40,7 +45,11 @@ class Plan:
     measured: Taken | None
     """What this machine took, as it was planned"""
     corrected: float
-    """What predictions were multiplied by after that"""
+    """What predictions of memory were multiplied by after that"""
+    rates: Rates | None = None
+    """By which time is predicted; None: nobody told any"""
+    slowed: float = 1.0
+    """What predictions of time were multiplied by after a measurement"""
 
     @property
     def fits(self) -> bool:
@@ -49,6 +58,11 @@ class Plan:
     @property
     def config(self) -> Any:
         return self.found.config
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step"""
+        return None if self.rates is None else _seconds(self.rates, self.found.taken) * self.slowed
 
     def total(self, taken: Taken) -> float:
         return taken.peak * self.corrected + self.context
@@ -67,8 +81,10 @@ class Plan:
             "peak": self.total(taken),
             "phases": taken.peaks,
             "flops": taken.flops,
+            "work": {kind: amount // taken.steps for kind, amount in taken.work["train"].amounts().items()},
             "corrected": self.corrected,
-            "measured": None if self.measured is None else vars(self.measured),
+            "measured": self.measured and {"peaks": self.measured.peaks, "seconds": self.measured.seconds},
+            "time": self._time(),
             "rungs": [
                 {"flags": r.flags, "cost": r.cost, "peak": self.total(r.taken), "saves": r.saves, "used": r.used}
                 for r in self.found.rows
@@ -89,16 +105,31 @@ class Plan:
             f"{self.total(taken) / GIB:.2f} GiB at most, while it does this: {taken.phase} "
             f"({', '.join(f'{name} {peak / GIB:.2f}' for name, peak in taken.peaks.items())}; "
             f"beside tensors {self.context / GIB:.1f})",
-            f"{taken.flops / 1e12:.3g} TFLOP a step",
+            f"{taken.flops / 1e12:.3g} TFLOP a step{self._lasts()}",
         ]
         if self.measured is not None:
             lines.append(
                 f"measured here: {self.measured.peak / GIB:.2f} GiB of tensors, {self.measured.seconds:.2f} s a step; "
-                f"predictions were multiplied by {self.corrected:.3f}"
+                f"predictions were multiplied by {self.corrected:.3f} and {self.slowed:.3f}"
             )
         if self.fits and self.found.flags:
             lines.append(f"add to `finetune train {recipe} ...`: {self.found.flags}")
         return "\n".join(lines)
+
+    def _time(self) -> dict[str, Any] | None:
+        if self.rates is None or self.seconds is None:
+            return None
+        steps = self.config.train.steps
+        told = {"seconds": self.seconds, "steps": steps, "total": steps * self.seconds, "corrected": self.slowed}
+        return told | {"by": self.rates.by, "rates": dict(self.rates.each), "call": self.rates.call}
+
+    def _lasts(self) -> str:
+        if self.rates is None or self.seconds is None:
+            return ". How long that takes is said on a machine of that kind, or by --tflops"
+        steps = self.config.train.steps
+        said = f": {_clock(self.seconds)}, {_clock(steps * self.seconds)} for {steps:,} steps"
+        least = "at least, by" if self.rates.least else "by"
+        return f"{said}, {least} {self.rates.said()}"
 
     def require(self) -> None:
         """Raises Fault where it does not fit."""
@@ -112,8 +143,16 @@ class Plan:
         )
 
 
-def make(config: Any, vram: str | None, *, cpu: bool = False, measure: bool = False) -> Plan:
-    """Raises Fault for recipes, models and sizes that no plan is made of."""
+def make(
+    config: Any,
+    vram: str | None,
+    *,
+    cpu: bool = False,
+    measure: bool = False,
+    timed: Callable[[Work, bool], Rates | None] = lambda work, cpu: None,
+) -> Plan:
+    """`timed`: the rates of such work, on a CPU or not. Raises Fault for recipes, models and sizes that no plan is made
+    of."""
     _require_known(config)
     bound = None if vram is None else amount(vram)
     if measure:
@@ -128,15 +167,40 @@ def make(config: Any, vram: str | None, *, cpu: bool = False, measure: bool = Fa
         load = partial(blank.family, Source(**vars(config.model)), engine.DTYPES[config.train.precision], cpu)
         return phases.imagined(config, load, sized(config), kernels=cpu)
 
-    factor, seen = 1.0, None
+    factor, slowed, seen = 1.0, 1.0, None
     room = None if bound is None else bound - context
     found = ladder.find(config, side, take, room)
+    rates = timed(found.taken.work["train"], cpu)
     if measure:
         seen = phases.measured(found.config, Source(**vars(found.config.model)), sized(found.config))
         factor = seen.peak / found.taken.peak
+        slowed = seen.seconds / _seconds(rates, found.taken) if seen.seconds and rates else 1.0
         if room is not None and seen.peak > room:
             found = ladder.find(config, side, take, room / factor)
-    return Plan(found, sized(found.config), bound, context, seen, factor)
+    return Plan(found, sized(found.config), bound, context, seen, factor, rates, slowed)
+
+
+def timing(tflops: float | None) -> Callable[[Work, bool], Rates | None]:
+    """By the rate that is told, or else by this machine's, where it is of the kind that is planned for."""
+    if tflops is not None and not tflops > 0:
+        raise Fault(f"--tflops {tflops:g}: more than 0, in 10^12 operations a second.")
+
+    def known(work: Work, cpu: bool) -> Rates | None:
+        if tflops is not None:
+            return rates.told(tflops)
+        return rates.measured(work, torch.device(engine.device())) if on_cpu() == cpu else None
+
+    return known
+
+
+def _clock(seconds: float) -> str:
+    """As one says it."""
+    size, unit = (1, "s") if seconds < 100 else (60, "min") if seconds < 6000 else (3600, "h")
+    return f"{seconds / size:.3g} {unit}"
+
+
+def _seconds(rates: Rates, taken: Taken) -> float:
+    return rates.seconds(taken.work["train"]) / taken.steps
 
 
 def on_cpu() -> bool:

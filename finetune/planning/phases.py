@@ -5,9 +5,9 @@ The work is the training's own: its model, adapter, fast path, loss, loop and op
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from finetune.data.encoding import Encodings, release_frozen
 from finetune.families import Conditions, Family, Source
 from finetune.loop import Training
 from finetune.planning import tracking
+from finetune.planning.work import Work
 from finetune.settings import Prior
 
 STEPS = 2
@@ -62,8 +63,10 @@ class Taken:
 
     peaks: dict[str, int]
     """The most bytes that tensors hold, by phase"""
-    flops: int = 0
-    """Of a step, predicted: multiplications and additions of matrix products, convolutions and attention"""
+    work: Mapping[str, Work] = field(default_factory=dict)
+    """What is computed in each phase, predicted"""
+    steps: int = 1
+    """Of the training, in `work`"""
     seconds: float | None = None
     """Of a step, measured"""
 
@@ -76,21 +79,25 @@ class Taken:
     def peak(self) -> int:
         return self.peaks[self.phase]
 
+    @property
+    def flops(self) -> int:
+        """Of a step: multiplications and additions of matrix products, convolutions and attention"""
+        return self.work["train"].flops // self.steps
+
 
 def imagined(config: Any, load: Callable[[], Family], size: tuple[int, int], kernels: bool = True) -> Taken:
     """Predicted. `load`: the family, without data; `kernels`: for a CPU, with what its kernels hold for themselves."""
     if config.train.ema_on_cpu and not kernels:  # an average that is not in the GPU's memory
         config = replace(config, train=replace(config.train, ema=0.0))
     with tracking.imagined(kernels) as live:
-        flops: dict[str, int] = {}
+        done: dict[str, Work] = {}
         kept: list[object] = []  # a training stays while it is sampled
 
         def meter(name: str, family: Family, work: Callable[[], object], aside: nn.Module | None = None) -> int:
             live.begin()
-            before = live.flops
             with live.without(() if kernels or aside is None else aside.parameters()):
                 kept.append(work())
-            flops[name] = live.flops - before
+            done[name] = live.work
             return live.peak
 
         def rested(tensor: Tensor, device: object) -> Tensor:
@@ -100,7 +107,7 @@ def imagined(config: Any, load: Callable[[], Family], size: tuple[int, int], ker
         alone = accelerator(config, cpu=True)
         with nullcontext() if kernels else mock.patch.object(offload, "rested", rested):
             peaks = run(config, load(), size, meter, alone, lambda family: _filled(family, load()))
-        return Taken(peaks, flops["train"] // _steps(config))
+        return Taken(peaks, done, _steps(config))
 
 
 def measured(config: Any, source: Source, size: tuple[int, int]) -> Taken:

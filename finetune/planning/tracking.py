@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -15,9 +15,10 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from finetune.fast import attention
 from finetune.planning import codes, kernels
+from finetune.planning.work import Work
 
 MEMORY = "[memory]"
 """What PyTorch's profiler calls what its allocator does"""
@@ -27,17 +28,6 @@ FLASH = 1
 """The attention that PyTorch takes for tensors with data: without the matrix of weights"""
 aten = torch.ops.aten
 KERNELS = {**kernels.KERNELS, **codes.KERNELS}
-COUNTED: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    **codes.COUNTED,
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **named: sdpa_flop_count(
-        q.shape, k.shape, v.shape
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *rest, **named: (
-        sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
-    ),
-}
-"""By operator: its multiplications and additions"""
 
 
 class Live(TorchDispatchMode):
@@ -50,8 +40,8 @@ class Live(TorchDispatchMode):
         """`kernels`: count what those of the CPU hold for themselves."""
         super().__init__()
         self.kernels = kernels
-        self.flops = 0
-        """Of matrix products, convolutions and attention so far: two a multiplication"""
+        self.work = Work()
+        """What was computed since the last `begin`"""
         self.held = 0
         """Bytes, now"""
         self.peak = 0
@@ -60,8 +50,9 @@ class Live(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def begin(self) -> None:
-        """Forget the peak so far."""
+        """Forget the peak and the work so far."""
         gc.collect()
+        self.work = Work()
         self.peak = self.held
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -73,8 +64,7 @@ class Live(TorchDispatchMode):
         if self.kernels and func in KERNELS:
             self.peak = max(self.peak, self.held + KERNELS[func](*args, **named))
         made = func(*args, **named)
-        if counted := COUNTED.get(func.overloadpacket):
-            self.flops += counted(*args, **named, out_val=made)
+        self.work.see(func, args, named, made)
         for value in tree_iter(made):
             if isinstance(value, Tensor):
                 self.see(value)
@@ -120,6 +110,7 @@ def imagined(kernels: bool = True) -> Iterator[Live]:
     nobody knows is answered with 1."""
     with (
         mock.patch.object(nn.Module, "_apply", _apply),
+        nullcontext() if kernels else mock.patch.object(attention, "pays", lambda x, width: False),  # a GPU's own
         mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", KNOWN),
         FakeTensorMode(allow_non_fake_inputs=True),
         Live(kernels) as live,

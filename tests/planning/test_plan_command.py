@@ -31,11 +31,15 @@ def plan(capsys: pytest.CaptureFixture[str], model: Path, *words: str) -> tuple[
 def test_plan_chooses_what_makes_it_fit(tiny_models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """Without weights: there are none in the folder."""
     bound = f"{CONTEXT / MIB + 1.5}MB"
-    facts = json.loads(plan(capsys, tiny_models["sd"], "--vram", bound, "--json")[0])
+    words = "--vram", bound, "--tflops", "2", "--steps", "300", "--json"
+    facts = json.loads(plan(capsys, tiny_models["sd"], *words)[0])
     assert facts["fits"] and facts["flags"] == "--gradient-checkpointing --checkpoint-share 0.5"
     assert [rung["used"] for rung in facts["rungs"]] == [True, True]
     assert facts["rungs"][0]["peak"] > facts["bound"] >= facts["peak"] > facts["context"] == CONTEXT
     assert facts["size"] == [64, 64] and facts["flops"] > 0 and facts["measured"] is None
+    assert facts["flops"] == pytest.approx(sum(n for kind, n in facts["work"].items() if kind != "the rest"), abs=3)
+    assert facts["time"]["seconds"] == pytest.approx(facts["flops"] / 2e12) and facts["time"]["by"] == "--tflops 2"
+    assert facts["time"]["total"] == 300 * facts["time"]["seconds"]
 
 
 def test_plan_reads_no_weights_and_says_what_does_not_fit(
@@ -52,12 +56,14 @@ def test_plan_reads_no_weights_and_says_what_does_not_fit(
     told = capsys.readouterr()
     assert stop.value.code == 2 and "does not fit" in told.err
     assert "--optimizer adamw8bit" in told.out and "as it is asked for" in told.out
+    assert "for 500 steps, by what this machine does" in told.out and "GB/s" in told.out
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--vram", "much"], "an amount of memory"),
+        (["--tflops", "0"], "--tflops 0: more than 0"),
         (["--recipe", "dreambooth", "--quantize", "nf4"], "have no gradient"),
         (["--model", "no-such-folder.safetensors"], "there is no such checkpoint file"),
     ],
@@ -89,10 +95,10 @@ def test_what_is_in_the_cpus_memory_is_not_in_a_gpus(
     """The weights of its blocks are 0.9 of the UNet, of which two blocks are there at a time; those that make keys and
     values are there in no phase, and what they make of the caption in steps."""
     words = "--gradient-checkpointing", "--json"
-    plain, blocks, own = (
-        json.loads(plan(capsys, tiny_models["sd"], *words, *flags)[0])["phases"]
-        for flags in ((), ("--offload-blocks",), ("--cache-kv",))
-    )
+    flags: tuple[tuple[str, ...], ...] = ((), ("--offload-blocks",), ("--cache-kv",))
+    plans = [json.loads(plan(capsys, tiny_models["sd"], *words, *own)[0]) for own in flags]
+    assert plans[0]["time"] is None  # of a GPU that is not here nothing is known
+    plain, blocks, own = (one["phases"] for one in plans)
     assert blocks["encode"] < plain["encode"] - 300_000 and blocks["train"] < plain["train"] - 300_000
     layers = families.keys_values(families.load(Source(str(tiny_models["sd"]))))
     weights, caption = sum(each.weight.nbytes for each in layers), sum(77 * 4 * each.out_features for each in layers)
@@ -106,3 +112,4 @@ def test_measuring_corrects_the_prediction(tiny_models: dict[str, Path], capsys:
     assert facts["fits"] and facts["flags"] == "" and facts["context"] == 0
     assert facts["peak"] == pytest.approx(max(facts["measured"]["peaks"].values()))
     assert facts["corrected"] == pytest.approx(1, abs=0.1) and facts["measured"]["seconds"] > 0
+    assert facts["time"]["seconds"] == pytest.approx(facts["measured"]["seconds"])
