@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from finetune import weights
 from finetune.errors import Fault
+from finetune.families import straight
 from finetune.quiet import quiet
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -157,7 +158,8 @@ class Source:
         dtypes = {"default": dtype, "vae": torch.float32}
         if self.folder is not None:
             weights.check_folder(self.folder)
-            given = {**without(self.folder), **components}
+            read = straight.parts(self.folder, lambda name: dtypes.get(name, dtype), components)
+            given = {**without(self.folder), **read, **components}
             return DiffusionPipeline.from_pretrained(
                 self.folder, dtype=dtypes, use_safetensors=True, local_files_only=True, **given
             )

@@ -13,8 +13,10 @@ NEVER = 2**31 - 1
 
 
 def keep() -> None:
-    """Let glibc hold on to what is freed, in this process; elsewhere nothing."""
+    """Let glibc hold on to what is freed from now on, in this process; what was freed so far goes to the system.
+    Elsewhere nothing."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)
         libc.mallopt(MMAP_THRESHOLD, LARGEST)
         libc.mallopt(TRIM_THRESHOLD, NEVER)
