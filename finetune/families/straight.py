@@ -49,7 +49,7 @@ def part(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module | None:
     headers = {file: read_header(file)[::2] for file in _files(folder, stem)}
     types = {entry["dtype"] for entries, _ in headers.values() for entry in entries.values()}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if not types <= FLOATS.keys() or types <= {NAMES.get(dtype)} or "quantization_config" in config:
+    if not types or not types <= FLOATS.keys() or types <= {NAMES.get(dtype)} or "quantization_config" in config:
         return None
     module = made(folder, kind, dtype, headers)
     return module and module.eval()
