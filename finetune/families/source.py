@@ -156,13 +156,6 @@ class Source:
 
     def _load(self, dtype: torch.dtype, components: dict[str, Any]) -> DiffusionPipeline:
         dtypes = {"default": dtype, "vae": torch.float32}
-        if self.folder is not None:
-            weights.check_folder(self.folder)
-            read = straight.parts(self.folder, lambda name: dtypes.get(name, dtype), components)
-            given = {**without(self.folder), **read, **components}
-            return DiffusionPipeline.from_pretrained(
-                self.folder, dtype=dtypes, use_safetensors=True, local_files_only=True, **given
-            )
         if self.file is not None:
             pipeline_class = getattr(diffusers, self.pipeline_class())
             with _hub_faults(self):
@@ -171,10 +164,20 @@ class Source:
                 if isinstance(part, torch.nn.Module) and part.dtype != (wanted := dtypes.get(name, dtype)):
                     part.to(wanted)
             return pipeline
+        if self.folder is not None:
+            weights.check_folder(self.folder)
+        folder = self.folder or self._downloaded(components)
+        read = straight.parts(folder, lambda name: dtypes.get(name, dtype), components)
+        given = {**without(folder), **read, **components}
+        return DiffusionPipeline.from_pretrained(
+            folder, dtype=dtypes, use_safetensors=True, local_files_only=True, **given
+        )
+
+    def _downloaded(self, components: Mapping[str, Any]) -> Path:
+        """The diffusers folder of a hub model with all but these components."""
         with _hub_faults(self):
-            return DiffusionPipeline.from_pretrained(
-                self.model, revision=self.revision, dtype=dtypes, use_safetensors=True, **components
-            )
+            found = DiffusionPipeline.download(self.model, revision=self.revision, use_safetensors=True, **components)
+        return Path(found)
 
 
 def without(folder: Path) -> dict[str, None]:

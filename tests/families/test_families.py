@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from finetune import families
@@ -285,3 +286,21 @@ def test_shards_are_read(copied: Path) -> None:
     assert read is not None and len(list((copied / "unet").glob("*.safetensors"))) > 2
     for at, tensor in read.state_dict().items():
         assert torch.equal(tensor, unet.state_dict()[at].bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_of_the_hub_is_read_from_where_it_was_downloaded_to(
+    dtype: torch.dtype, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = tmp_path / "models--someone--model"
+    shutil.copytree(tiny_models["sd"], stored / "snapshots" / "1234")
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("1234")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    source, local = Source("someone/model"), Source(str(tiny_models["sd"]))
+    family, same = (families.modules(families.load(each, dtype)) for each in (source, local))
+    for name, module in same.items():
+        for (at, tensor), (_, other) in zip(values(module), values(family[name]), strict=True):
+            assert torch.equal(tensor, other), f"{name}.{at}"
+    given = {name: module for name, module in family.items() if name != "vae"}
+    assert source.load(dtype, given).unet is family["unet"]
