@@ -7,6 +7,7 @@ command line, which reads a recipe's `Config` before any work, answers without i
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from finetune.imports import swift
@@ -56,6 +57,8 @@ HOME = {
     "release_frozen": "data.encoding",
 }
 """Where the names of functions and classes live."""
+LIGHT = ("config", "errors")
+"""What needs none of the heavy libraries"""
 
 __all__ = [
     "Failure",
@@ -89,8 +92,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in HOME and name not in MODULES:
         raise AttributeError(f"module 'finetune' has no attribute {name!r}")
-    with swift():
-        module = importlib.import_module(f"finetune.{HOME.get(name, name)}")
+    home = HOME.get(name, name)
+    with nullcontext() if home in LIGHT else swift():
+        module = importlib.import_module(f"finetune.{home}")
     value = getattr(module, name) if name in HOME else module
     globals()[name] = value
     return value

@@ -53,7 +53,7 @@ from finetune.errors import Failure, Fault, Stopped
 from finetune.evaluation.tables import MEASURED
 from finetune.export import trained
 from finetune.families import Family, Source
-from finetune.fast import compiling
+from finetune.fast import allocation, compiling
 from finetune.keeping import LOG, Keeper
 from finetune.loop import NotFinite, Training, due
 from finetune.report.following import Follower
@@ -113,6 +113,8 @@ class Run:
         optim.check(optimizer)
         ema.check(train, optimizer)
         engine.require_installed()
+        if train.fast:
+            allocation.share()
         AcceleratorState._reset_state()  # a second run in one process may have another precision
         self.accelerator = Accelerator(
             mixed_precision="no" if train.precision == "fp32" else train.precision,

@@ -143,21 +143,24 @@ def encode(
     _require_sources(family, items, data)
     with aside(family):
         vae, encoders = _vae_fingerprint(family), _encoders_fingerprint(family)
-        built = {"pictures": _encode_pictures(family, items, pictures, vae, data.background, track, turn)}
+        sourced, built = takes_source(family), {}
+        trained = any(p.requires_grad for encoder in text_encoders(family).values() for p in encoder.parameters())
+        if not trained:
+            said = dict.fromkeys(caption for item in items for caption in (*item.captions, *_leant_to(item)))
+            said |= {"": None} if captions.caption_dropout or (sourced and data.source_dropout) else {}
+            told = encode_texts(family, list(said), texts, track, turn)
+            release(family, *text_encoders(family))  # before the VAE works
+        built["pictures"] = _encode_pictures(family, items, pictures, vae, data.background, track, turn)
         built["masks"] = _encode_masks(items, pictures, factor, track, turn)
         holes = data.holes if takes_mask(family) else 0
         if takes_mask(family) and holes < 1:
             raise Fault(f"--holes {holes}: an inpainting checkpoint learns under masks; at least 1.")
         if holes:
             built["masked pictures"] = _encode_holes(family, items, pictures, vae, data, track, turn)
-        sourced = takes_source(family)
         if sourced:
             built["sources"] = _encode_sources(family, items, pictures, vae, data, track, turn)
-        trained = any(p.requires_grad for encoder in text_encoders(family).values() for p in encoder.parameters())
         if not trained:
-            said = dict.fromkeys(caption for item in items for caption in (*item.captions, *_leant_to(item)))
-            said |= {"": None} if captions.caption_dropout or (sourced and data.source_dropout) else {}
-            built["captions"] = encode_texts(family, list(said), texts, track, turn)
+            built["captions"] = told
     release_frozen(family)
     known = None if trained else texts
     dropout = captions.caption_dropout

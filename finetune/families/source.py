@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from finetune import weights
 from finetune.errors import Fault
+from finetune.families import straight
 from finetune.quiet import quiet
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -156,12 +157,6 @@ class Source:
 
     def _load(self, dtype: torch.dtype, components: dict[str, Any]) -> DiffusionPipeline:
         dtypes = {"default": dtype, "vae": torch.float32}
-        if self.folder is not None:
-            weights.check_folder(self.folder)
-            given = {**without(self.folder), **components}
-            return DiffusionPipeline.from_pretrained(
-                self.folder, dtype=dtypes, use_safetensors=True, local_files_only=True, **given
-            )
         if self.file is not None:
             pipeline_class = getattr(diffusers, self.pipeline_class())
             with _hub_faults(self):
@@ -170,10 +165,20 @@ class Source:
                 if isinstance(part, torch.nn.Module) and part.dtype != (wanted := dtypes.get(name, dtype)):
                     part.to(wanted)
             return pipeline
+        if self.folder is not None:
+            weights.check_folder(self.folder)
+        folder = self.folder or self._downloaded(components)
+        read = straight.parts(folder, lambda name: dtypes.get(name, dtype), components)
+        given = {**without(folder), **read, **components}
+        return DiffusionPipeline.from_pretrained(
+            folder, dtype=dtypes, use_safetensors=True, local_files_only=True, **given
+        )
+
+    def _downloaded(self, components: Mapping[str, Any]) -> Path:
+        """The diffusers folder of a hub model with all but these components."""
         with _hub_faults(self):
-            return DiffusionPipeline.from_pretrained(
-                self.model, revision=self.revision, dtype=dtypes, use_safetensors=True, **components
-            )
+            found = DiffusionPipeline.download(self.model, revision=self.revision, use_safetensors=True, **components)
+        return Path(found)
 
 
 def without(folder: Path) -> dict[str, None]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import original
 import pytest
 import tiny
 import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from finetune import families
 from finetune.errors import Fault
-from finetune.families import Source
+from finetune.families import Source, straight
 from finetune.families.source import CHANGED
 
 KINDS = list(tiny.KINDS)
@@ -208,3 +212,95 @@ def test_the_identity_is_told_later_of_files_that_are_still_the_same(copied: Pat
     assert other() == CHANGED
     shutil.rmtree(copied)
     assert none() == CHANGED
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_is_the_same_however_it_is_read(kind: str, tiny_models: dict[str, Path]) -> None:
+    """In another precision than its files' it is read a tensor at a time, not by diffusers."""
+    ours = families.modules(families.load(Source(str(tiny_models[kind])), torch.bfloat16))
+    theirs = DiffusionPipeline.from_pretrained(
+        tiny_models[kind], dtype={"default": torch.bfloat16, "vae": torch.float32}
+    )
+    for name, module in ours.items():
+        other = getattr(theirs, name)
+        assert type(module) is type(other) and not module.training
+        assert {n: b.dtype for n, b in module.named_buffers()} == {n: b.dtype for n, b in other.named_buffers()}
+        for (at, tensor), (there, their) in zip(values(module), values(other), strict=True):
+            assert at == there and tensor.dtype == their.dtype and torch.equal(tensor, their), f"{name}.{at}"
+        told = [{n: v for n, v in dict(m.config.to_dict() if hasattr(m.config, "to_dict") else m.config).items()
+                 if n != "_name_or_path"} for m in (module, other)]  # fmt: skip
+        assert told[0] == told[1]
+
+
+def values(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return sorted([*module.named_parameters(), *module.named_buffers()], key=lambda pair: pair[0])
+
+
+def test_a_model_in_bf16_is_never_beside_its_fp32_file_in_memory(tmp_path: Path) -> None:
+    """72 MB in the file, 36 in memory: the most that was in memory, files that are mapped included, grew by those."""
+    unet = UNet2DConditionModel(block_out_channels=(64, 128, 256, 256), cross_attention_dim=64, norm_num_groups=8)
+    size = sum(p.numel() for p in unet.parameters()) * 2
+    unet.save_pretrained(tmp_path)
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux tells the most that was in memory")
+
+    def peak(load: Callable[[], object]) -> int:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # from now on
+        before, held = resident("VmRSS"), load()
+        assert held is not None
+        return resident("VmHWM") - before
+
+    straight.part(tmp_path, UNet2DConditionModel, torch.bfloat16)
+    assert peak(lambda: straight.part(tmp_path, UNet2DConditionModel, torch.bfloat16)) < 1.5 * size
+    assert peak(lambda: UNet2DConditionModel.from_pretrained(tmp_path, dtype=torch.bfloat16)) > 2 * size
+
+
+def resident(what: str) -> int:
+    """Bytes"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))
+
+
+@pytest.mark.parametrize("change", ["fp32", "renamed", "quantised", "variant", "kept"])
+def test_what_is_no_plain_part_is_left_to_diffusers(change: str, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, file, dtype = copied / "unet", copied / UNET, torch.float32 if change == "fp32" else torch.bfloat16
+    assert straight.part(unet, UNet2DConditionModel, torch.bfloat16) is not None
+    if change == "renamed":
+        save_file({f"{name}.old": tensor for name, tensor in load_file(file).items()}, file)
+    if change == "quantised":
+        config = unet / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {}}))
+    if change == "variant":
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    if change == "kept":
+        monkeypatch.setattr(UNet2DConditionModel, "_keep_in_fp32_modules", ["conv_in"])
+    assert straight.part(unet, UNet2DConditionModel, dtype) is None
+
+
+def test_shards_are_read(copied: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(copied / "unet")
+    unet.save_pretrained(copied / "unet", max_shard_size="100KB")
+    (copied / UNET).unlink()
+    read = straight.part(copied / "unet", UNet2DConditionModel, torch.bfloat16)
+    assert read is not None and len(list((copied / "unet").glob("*.safetensors"))) > 2
+    for at, tensor in read.state_dict().items():
+        assert torch.equal(tensor, unet.state_dict()[at].bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_of_the_hub_is_read_from_where_it_was_downloaded_to(
+    dtype: torch.dtype, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = tmp_path / "models--someone--model"
+    shutil.copytree(tiny_models["sd"], stored / "snapshots" / "1234")
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("1234")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    source, local = Source("someone/model"), Source(str(tiny_models["sd"]))
+    family, same = (families.modules(families.load(each, dtype)) for each in (source, local))
+    for name, module in same.items():
+        for (at, tensor), (_, other) in zip(values(module), values(family[name]), strict=True):
+            assert torch.equal(tensor, other), f"{name}.{at}"
+    given = {name: module for name, module in family.items() if name != "vae"}
+    assert source.load(dtype, given).unet is family["unet"]

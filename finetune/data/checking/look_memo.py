@@ -61,7 +61,5 @@ def _key(digest: str, side: int) -> bytes:
 @cache
 def _measures() -> str:
     """All that decides what a picture's look is besides its pixels."""
-    import imagehash
-
     ours = hashlib.sha256(Path(looks.__file__).read_bytes()).hexdigest()
-    return f"{ours} pillow {PIL.__version__} imagehash {imagehash.__version__}"
+    return f"{ours} pillow {PIL.__version__}"

@@ -138,3 +138,11 @@ def test_without_a_memory_all_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
     gone = tmp_path / "gone.png"
     found = look_memo.looks_of({pictures.decode(picture)[1].digest: picture, "gone": gone}, 64)
     assert len(found) == 1, "and a picture that has gone meanwhile has none"
+
+
+def test_the_hash_is_that_of_imagehash() -> None:
+    """Of imagehash 4.3.2, phash of the same pictures."""
+    expected = ["9e8222873a76c77c", "d452ee62eea0e913", "98b831efa9778454"]
+    pictures = [planted.picture(number, 64, 48) for number in range(3)]
+    assert [f"{looks.look(picture, 64).hash:016x}" for picture in pictures] == expected
+    assert looks.look(Image.new("RGB", (40, 50), "red"), 64).hash == 1 << 63
