@@ -13,7 +13,6 @@ from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest import mock
 
 
 class Later(ModuleType):
@@ -125,6 +124,8 @@ def swift() -> Iterator[None]:
     if not any(isinstance(finder, PartsOfLater) for finder in sys.meta_path):
         sys.meta_path.insert(0, PartsOfLater())
     try:
+        from unittest import mock
+
         import torch
 
         with mock.patch.object(torch, "compile", _as_written):
