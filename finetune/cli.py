@@ -114,7 +114,7 @@ def _fitted(asked: Any, vram: str, recipe: str) -> Any:
         raise Fault("--vram: a run goes on by the settings that it was begun with, which its plan has changed then.")
     from finetune import planning
 
-    plan = planning.make(asked, vram, cpu=planning.on_cpu())
+    plan = planning.make(asked, vram, cpu=planning.on_cpu(), timed=planning.timing())
     if peers.leads():
         print(plan.text(recipe))
     plan.require()

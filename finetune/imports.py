@@ -7,13 +7,12 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest import mock
 
 
 class Later(ModuleType):
@@ -125,14 +124,21 @@ def swift() -> Iterator[None]:
     if not any(isinstance(finder, PartsOfLater) for finder in sys.meta_path):
         sys.meta_path.insert(0, PartsOfLater())
     try:
+        from unittest import mock
+
         import torch
 
         with mock.patch.object(torch, "compile", _as_written):
             yield
     finally:
-        if not gc.get_freeze_count():  # once: later, models would be among what is never looked at again
-            gc.freeze()
+        _leave_out()
         gc.enable()
+
+
+@cache
+def _leave_out() -> None:
+    """Once: later, models would be among what is never looked at again. (To ask how much is takes 0.05 s.)"""
+    gc.freeze()
 
 
 def _as_written(model: Any = None, **how: Any) -> Any:

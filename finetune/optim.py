@@ -260,8 +260,8 @@ def only(optimizer: Any, groups: Sequence[bool]) -> Iterator[None]:
 
 
 def _together(known: Known, groups: Sequence[Group], device: torch.device) -> dict[str, bool]:
-    """All parameters by a few calls, where calls cost more than they compute: on a GPU, of an adapter. A CPU gains
-    nothing by it, and beside a whole model there may be no room for what is held."""
+    """All parameters by a few calls, where calls cost more than they compute: on a GPU, of an adapter. A CPU gains next
+    to nothing by it, and beside a whole model there may be no room for what is held."""
     count = sum(parameter.numel() for group in groups for parameter in group.parameters)
     return {"foreach": device.type != "cpu" and count <= FEW} if known.foreach else {}
 

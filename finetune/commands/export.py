@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from finetune.errors import Fault
+from finetune.imports import swift
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,8 +61,9 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from finetune import weights
-    from finetune.export import trained
+    with swift():
+        from finetune import weights
+        from finetune.export import trained
 
     # What can be refused is refused before a model is loaded.
     found = trained.find(config.source, config.step)

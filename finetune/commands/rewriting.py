@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from finetune import weights
 from finetune.errors import Fault
+from finetune.imports import swift
 from finetune.settings import Precision
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def require_free(path: Path, overwrite: bool) -> None:
 
 def rule(rank: int | None, energy: float | None) -> Rule:
     """Raises Fault for numbers that are none of a rank or a share."""
-    from finetune.export.remade import Rule
+    with swift():
+        from finetune.export.remade import Rule
 
     if rank is not None and rank < 1:
         raise Fault(f"rank {rank}: at least 1; 4 to 64 is usual.")

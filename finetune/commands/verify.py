@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from finetune.errors import FAILED, Fault
+from finetune.imports import swift
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,8 +70,9 @@ def main(config: Config) -> None:
 
     from dataclasses import replace
 
-    from finetune import families
-    from finetune.export import clients, verification
+    with swift():
+        from finetune import families
+        from finetune.export import clients, verification
 
     known = {name.lower(): name for name in clients.CLIENTS}
     if wrong := [name for name in config.clients if name.lower() not in known]:

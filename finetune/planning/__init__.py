@@ -180,7 +180,7 @@ def make(
     return Plan(found, sized(found.config), bound, context, seen, factor, rates, slowed)
 
 
-def timing(tflops: float | None) -> Callable[[Work, bool], Rates | None]:
+def timing(tflops: float | None = None) -> Callable[[Work, bool], Rates | None]:
     """By the rate that is told, or else by this machine's, where it is of the kind that is planned for."""
     if tflops is not None and not tflops > 0:
         raise Fault(f"--tflops {tflops:g}: more than 0, in 10^12 operations a second.")

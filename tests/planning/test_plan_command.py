@@ -85,7 +85,8 @@ def test_train_applies_the_plan(
     cli.main([*words, "--output", str(tmp_path / "run"), "--vram", "1.6MB"])
     settings = tomllib.loads((tmp_path / "run" / "settings.toml").read_text())
     assert settings["train"]["gradient_checkpointing"] and settings["train"]["precision"] == "fp32"
-    assert "--gradient-checkpointing" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "--gradient-checkpointing" in told and "for 1 steps, by what this machine does" in told
     assert (tmp_path / "run" / "adapter.safetensors").is_file()
 
 
