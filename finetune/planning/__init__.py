@@ -62,7 +62,7 @@ class Plan:
     @property
     def seconds(self) -> float | None:
         """Of a step"""
-        return None if self.rates is None else _seconds(self.rates, self.found.taken) * self.slowed
+        return None if self.rates is None else self.rates.seconds(self.found.taken.work) * self.slowed
 
     def total(self, taken: Taken) -> float:
         return taken.peak * self.corrected + self.context
@@ -81,7 +81,7 @@ class Plan:
             "peak": self.total(taken),
             "phases": taken.peaks,
             "flops": taken.flops,
-            "work": {kind: amount // taken.steps for kind, amount in taken.work["train"].amounts().items()},
+            "work": dict(taken.work.amounts()),
             "corrected": self.corrected,
             "measured": self.measured and {"peaks": self.measured.peaks, "seconds": self.measured.seconds},
             "time": self._time(),
@@ -170,11 +170,11 @@ def make(
     factor, slowed, seen = 1.0, 1.0, None
     room = None if bound is None else bound - context
     found = ladder.find(config, side, take, room)
-    rates = timed(found.taken.work["train"], cpu)
+    rates = timed(found.taken.work, cpu)
     if measure:
         seen = phases.measured(found.config, Source(**vars(found.config.model)), sized(found.config))
         factor = seen.peak / found.taken.peak
-        slowed = seen.seconds / _seconds(rates, found.taken) if seen.seconds and rates else 1.0
+        slowed = seen.seconds / rates.seconds(found.taken.work) if seen.seconds and rates else 1.0
         if room is not None and seen.peak > room:
             found = ladder.find(config, side, take, room / factor)
     return Plan(found, sized(found.config), bound, context, seen, factor, rates, slowed)
@@ -197,10 +197,6 @@ def _clock(seconds: float) -> str:
     """As one says it."""
     size, unit = (1, "s") if seconds < 100 else (60, "min") if seconds < 6000 else (3600, "h")
     return f"{seconds / size:.3g} {unit}"
-
-
-def _seconds(rates: Rates, taken: Taken) -> float:
-    return rates.seconds(taken.work["train"]) / taken.steps
 
 
 def on_cpu() -> bool:

@@ -5,7 +5,7 @@ The work is the training's own: its model, adapter, fast path, loss, loop and op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -63,10 +63,8 @@ class Taken:
 
     peaks: dict[str, int]
     """The most bytes that tensors hold, by phase"""
-    work: Mapping[str, Work] = field(default_factory=dict)
-    """What is computed in each phase, predicted"""
-    steps: int = 1
-    """Of the training, in `work`"""
+    work: Work = field(default_factory=Work)
+    """What a step computes, predicted"""
     seconds: float | None = None
     """Of a step, measured"""
 
@@ -82,7 +80,7 @@ class Taken:
     @property
     def flops(self) -> int:
         """Of a step: multiplications and additions of matrix products, convolutions and attention"""
-        return self.work["train"].flops // self.steps
+        return self.work.flops
 
 
 def imagined(config: Any, load: Callable[[], Family], size: tuple[int, int], kernels: bool = True) -> Taken:
@@ -90,14 +88,15 @@ def imagined(config: Any, load: Callable[[], Family], size: tuple[int, int], ker
     if config.train.ema_on_cpu and not kernels:  # an average that is not in the GPU's memory
         config = replace(config, train=replace(config.train, ema=0.0))
     with tracking.imagined(kernels) as live:
-        done: dict[str, Work] = {}
+        done: list[Work] = []
         kept: list[object] = []  # a training stays while it is sampled
 
         def meter(name: str, family: Family, work: Callable[[], object], aside: nn.Module | None = None) -> int:
             live.begin()
             with live.without(() if kernels or aside is None else aside.parameters()):
                 kept.append(work())
-            done[name] = live.work
+            if name == "train":
+                done.append(live.work)
             return live.peak
 
         def rested(tensor: Tensor, device: object) -> Tensor:
@@ -106,8 +105,8 @@ def imagined(config: Any, load: Callable[[], Family], size: tuple[int, int], ker
 
         alone = accelerator(config, cpu=True)
         with nullcontext() if kernels else mock.patch.object(offload, "rested", rested):
-            peaks = run(config, load(), size, meter, alone, lambda family: _filled(family, load()))
-        return Taken(peaks, done, _steps(config))
+            peaks = run(config, load(), size, meter, alone, lambda family: _filled(family, load()), live.forget)
+        return Taken(peaks, done[0])
 
 
 def measured(config: Any, source: Source, size: tuple[int, int]) -> Taken:
@@ -140,9 +139,10 @@ def run(
     meter: Meter,
     accelerator: Accelerator,
     restore: Callable[[Family], None],
+    last: Callable[[], None] = lambda: None,
 ) -> dict[str, int]:
     """Go through the phases of a run by these settings; size: height and width of the pictures; `restore`: brings
-    back the parts that leave the memory to train."""
+    back the parts that leave the memory to train; `last`: is told that the last step begins."""
     config = replace(config, train=replace(config.train, steps=_steps(config) + 1))
     peaks = {"encode": meter("encode", family, lambda: _encode(family, size), _part(family))}
     if draws(config):
@@ -150,7 +150,7 @@ def run(
         peaks["class pictures"] = meter("draw", family, lambda: _draw(family, accelerator, max(size), count))
     groups = _groups(config, family)
     release_frozen(family)
-    peaks["train"] = meter("train", family, lambda: _train(config, family, groups, size, accelerator))
+    peaks["train"] = meter("train", family, lambda: _train(config, family, groups, size, accelerator, last))
     if config.samples.sample_every:
         restore(family)
         count = min(len(config.samples.sample_prompts) or 1, sampling.TOGETHER)
@@ -232,13 +232,20 @@ def _draw(family: Family, accelerator: Accelerator, side: int, count: int) -> No
 
 
 def _train(
-    config: Any, family: Family, groups: list[adapters.Group], size: tuple[int, int], accelerator: Accelerator
+    config: Any,
+    family: Family,
+    groups: list[adapters.Group],
+    size: tuple[int, int],
+    accelerator: Accelerator,
+    last: Callable[[], None],
 ) -> Training:
     data = _encodings(config, family, size)
     full = getattr(config, "full", None)
     training = Training(family, groups, data, config.train, config.optim, config.loss, accelerator, full)
-    for _ in islice(training, _steps(config)):
+    for _ in islice(training, _steps(config) - 1):
         pass
+    last()
+    next(iter(training))
     return training
 
 

@@ -41,7 +41,7 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.kernels = kernels
         self.work = Work()
-        """What was computed since the last `begin`"""
+        """What was computed since the last `forget`"""
         self.held = 0
         """Bytes, now"""
         self.peak = 0
@@ -50,10 +50,13 @@ class Live(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def begin(self) -> None:
-        """Forget the peak and the work so far."""
+        """Forget the peak so far."""
         gc.collect()
-        self.work = Work()
         self.peak = self.held
+
+    def forget(self) -> None:
+        """Forget the work so far."""
+        self.work = Work()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default and getattr(args[0], "constant", None) is None:
