@@ -38,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("FINETUNE_DEBUG"):
             raise
         status = stop.status if isinstance(stop, Fault) else INTERRUPTED
-        if peers.first_to_say(str(stop), isinstance(stop, Stopped | peers.PeerLost)):
-            _say(str(stop) or "Stopped.", "red" if status else "green")
+        with Watch():  # a launcher asks those to stop that another's end has ended already: they say why first
+            if peers.first_to_say(str(stop), isinstance(stop, Stopped | peers.PeerLost)):
+                _say(str(stop) or "Stopped.", "red" if status else "green")
         sys.exit(status)
 
 
