@@ -91,7 +91,7 @@ def test_offloaded_blocks_are_not_in_a_gpus_memory(
         json.loads(plan(capsys, tiny_models["sd"], *words, *flags)[0])["phases"]
         for flags in ((), ("--offload-blocks",))
     )
-    assert own["encode"] < plain["encode"] - 300_000 and own["train"] < plain["train"] - 300_000
+    assert own["encode"] < plain["encode"] - 250_000 and own["train"] < plain["train"] - 300_000
 
 
 @pytest.mark.slow
