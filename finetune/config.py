@@ -11,7 +11,6 @@ import ast
 import dataclasses
 import inspect
 import re
-import textwrap
 import tomllib
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -344,13 +343,10 @@ def _lines(config: Any) -> Iterator[str]:
 
 @cache
 def _helps(config_class: type) -> dict[str, str]:
-    """The first clause of each field's docstring, where the source is at hand.
-
-    (Kept, because Python parses a whole file to find a class in it.)
-    """
+    """The first clause of each field's docstring, where the source is at hand."""
     try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body  # type: ignore[attr-defined]
-    except (OSError, TypeError, SyntaxError):
+        body = _classes(inspect.getmodule(config_class))[config_class.__qualname__].body
+    except (OSError, TypeError, SyntaxError, KeyError):
         return {}
     helps = {}
     for field, text in pairwise(body):
@@ -358,3 +354,10 @@ def _helps(config_class: type) -> dict[str, str]:
             clause = re.split(r"(?<!e\.g)[.:](?:\s|$)", " ".join(str(text.value.value).split()))[0]
             helps[ast.unparse(field.target)] = clause
     return helps
+
+
+@cache
+def _classes(module: Any) -> dict[str, ast.ClassDef]:
+    """Those of a module by name, which is parsed once for all of them."""
+    parsed = ast.parse(inspect.getsource(module)).body
+    return {node.name: node for node in parsed if isinstance(node, ast.ClassDef)}

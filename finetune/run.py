@@ -246,6 +246,7 @@ class Run:
         try:
             for step in self._reported(training):
                 yield step
+                self.report.stepped()
                 asked = self._agreed()
                 if asked or due(step, self.train.checkpoint_every) or step == self.train.steps:
                     self.keeper.keep(training, "stopped" if asked else "running")

@@ -1,4 +1,4 @@
-"""The report of a run that trains: made when it begins, at each checkpoint, and when it ends."""
+"""The report of a run that trains: made after its first step, at each checkpoint, and when it ends."""
 
 from __future__ import annotations
 
@@ -18,16 +18,21 @@ class Follower:
     def __init__(self, run: Path, leads: bool, wanted: bool) -> None:
         """`leads`: whether this process writes; `wanted`: the page too, not only what the pictures are."""
         self.run, self.leads, self.wanted = run, leads, wanted
-        self._begun = self._warned = False
+        self._begun = self._shown = self._warned = False
 
     def begin(self, subjects: Sequence[Item], held: Sequence[Item]) -> None:
         """Keep what it trains on in the folder, which is there now."""
         self._begun = True
         self._try(lambda: record.write(self.run, subjects, held))
-        self.update()
+
+    def stepped(self) -> None:
+        """The page after the first of the steps, which does not wait for it."""
+        if not self._shown:
+            self.update()
 
     def update(self) -> None:
         """The page as the run is now."""
+        self._shown = True
         if self.wanted:
             self._try(lambda: page.write(self.run, self.run / page.FILE))
 

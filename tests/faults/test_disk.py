@@ -99,7 +99,7 @@ def test_a_limit_on_the_size_of_files_is_said(place: Place) -> None:
 
 WRITTEN: dict[str, tuple[object, str, int, str]] = {
     "class pictures": (class_pictures, "sample", 1, "class-pictures/"),
-    "cache": (cache, "_checksum", 1, "encodings/pictures: the cache cannot be written"),
+    "cache": (cache, "_checksum", 1, "encodings/texts: the cache cannot be written"),
     "settings": (keeping.config, "dumps", 1, "run/settings.toml: could"),
     "log": (loop.Training, "_step", 3, "run: could"),
     "state": (checkpoints, "_thin", 1, "run/run.json: could"),

@@ -100,7 +100,7 @@ def test_what_is_in_the_cpus_memory_is_not_in_a_gpus(
     plans = [json.loads(plan(capsys, tiny_models["sd"], *words, *own)[0]) for own in flags]
     assert plans[0]["time"] is None  # of a GPU that is not here nothing is known
     plain, blocks, own = (one["phases"] for one in plans)
-    assert blocks["encode"] < plain["encode"] - 300_000 and blocks["train"] < plain["train"] - 300_000
+    assert blocks["encode"] < plain["encode"] - 250_000 and blocks["train"] < plain["train"] - 300_000
     layers = families.keys_values(families.load(Source(str(tiny_models["sd"]))))
     weights, caption = sum(each.weight.nbytes for each in layers), sum(77 * 4 * each.out_features for each in layers)
     assert own["encode"] == plain["encode"] - weights > 0

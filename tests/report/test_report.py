@@ -337,7 +337,7 @@ def test_a_training_keeps_its_report(
     monkeypatch.setattr(page, "write", listened)
     run = train(tiny_models["sd"], tmp_path / "run", "--validation", "0.3", "--no-buckets")
     assert [re.findall(r"(\d) of 4 steps: (is being trained|finished)", one)[0] for one in made] == [
-        ("0", "is being trained"), ("2", "is being trained"), ("4", "is being trained"), ("4", "finished"),
+        ("1", "is being trained"), ("2", "is being trained"), ("4", "is being trained"), ("4", "finished"),
     ]  # fmt: skip
     assert "step 2" in made[1] and "adapter.safetensors" in made[3] and "3 pictures, 1 of them held out" in made[0]
     told = json.loads((run / "pictures.json").read_text())

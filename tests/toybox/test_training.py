@@ -28,6 +28,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_interrupted_training_is_the_same_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(noise, "SHEET_PROMPTS", noise.SHEET_PROMPTS[:2])
     train.main(train.Config(output=tmp_path / "whole", **TINY))
