@@ -129,6 +129,8 @@ def test_a_narrow_model_is_written_as_its_files_are_published(tmp_path: Path) ->
     assert all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
     with safe_open(one / "text_encoder" / "model.safetensors", "pt") as file:
         assert file.get_slice("text_model.final_layer_norm.weight").get_dtype() == "BF16"
+        assert file.metadata() == {"format": "pt"}
+    assert json.loads((one / "text_encoder" / "config.json").read_text())["architectures"] == ["CLIPTextModel"]
     subjects = pictures.squares(shelf.datasets() / "gizmo" / "pictures", tmp_path / "pictures", 64)
     work = Work(one, subjects, None, "lora", "bf16", 64, rank=2, batch=1, steps=2, seed=0)
     found = floor.of(trainers.ours(), work, tmp_path)

@@ -152,13 +152,16 @@ def _narrow(told: Mapping[str, Any], divisor: int) -> dict[str, Any]:
 def _write(place: Path, part: Any, dtype: torch.dtype) -> None:
     """A part's configuration and its weights, by the names of the published checkpoints."""
     text = isinstance(part, CLIPTextModel | CLIPTextModelWithProjection)
+    if text:
+        part.config.architectures = [type(part).__name__]  # by which diffusers' script finds its class
     (part.config.save_pretrained if text else part.save_config)(place)
     shapes = {name: tuple(tensor.shape) for name, tensor in part.state_dict().items()}
     if text:  # a level that this version of transformers does not write, and trainers with older ones read
         inner = {name: name.removeprefix("text_model.") for name in shapes}
         shapes = {n if inner[n].startswith("text_proj") else f"text_model.{inner[n]}": s for n, s in shapes.items()}
     entries = {name: Entry(shape, dtype, partial(_values, place.name, name, shape)) for name, shape in shapes.items()}
-    stream.write(place / ("model.safetensors" if text else "diffusion_pytorch_model.safetensors"), entries)
+    name = "model.safetensors" if text else "diffusion_pytorch_model.safetensors"
+    stream.write(place / name, entries, {"format": "pt"})  # which older versions of transformers ask for
 
 
 def _values(part: str, name: str, shape: tuple[int, ...]) -> Tensor:
