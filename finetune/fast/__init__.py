@@ -13,13 +13,14 @@ from torch import nn
 
 from finetune import families
 from finetune.families import Family
-from finetune.fast import allocation, attention, convolution, lora, precision, recompute
+from finetune.fast import allocation, attention, convolution, lora, precision, recompute, rows
 
 FASTER: tuple[Any, ...] = (
     lora.Linear,
     lora.Conv2d,
     convolution.Conv2d,
     attention.Attention,
+    rows.BasicTransformerBlock,
     recompute.LayerNorm,
     recompute.GEGLU,
     recompute.ResnetBlock2D,
