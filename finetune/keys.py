@@ -16,6 +16,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.random import Generator, Philox
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +31,9 @@ def key(seed: int, purpose: str, *indices: Index) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "little")
 
 
-def rng(seed: int, purpose: str, *indices: Index) -> np.random.Generator:
+def rng(seed: int, purpose: str, *indices: Index) -> Generator:
     """A numpy generator that belongs to this key alone."""
-    return np.random.Generator(np.random.Philox(key=key(seed, purpose, *indices)))
+    return Generator(Philox(key=key(seed, purpose, *indices)))
 
 
 def normal(shape: tuple[int, ...], seed: int, purpose: str, *indices: Index) -> Tensor:

@@ -52,7 +52,8 @@ def test_plan_reads_no_weights_and_says_what_does_not_fit(
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(file.read_bytes())
     with pytest.raises(SystemExit) as stop:
-        plan(capsys, tmp_path, "--vram", "0.1MB", "--cpu", "--gradient-checkpointing", "--precision", "bf16")
+        fixed = "--gradient-checkpointing", "--precision", "bf16", "--quantize", "nf4"
+        plan(capsys, tmp_path, "--vram", "0.1MB", "--cpu", *fixed)
     told = capsys.readouterr()
     assert stop.value.code == 2 and "does not fit" in told.err
     assert "--optimizer adamw8bit" in told.out and "as it is asked for" in told.out

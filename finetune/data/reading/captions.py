@@ -22,6 +22,8 @@ TEMPLATE = "{trigger}, {caption}"
 FIELDS = ("trigger", "caption")
 LOOSE = " \t,;:"
 """What is cut off at the ends of a template that was filled with nothing."""
+HERE = "\0"
+"""Stands for the trigger while that is done: what it ends with belongs to it."""
 
 
 def made(own: str | None, prompt: str | None, trigger: str | None, template: str | None) -> str:
@@ -37,9 +39,9 @@ def made(own: str | None, prompt: str | None, trigger: str | None, template: str
         return text
     if not text and not word and any(field for _, field in parts):
         return ""
-    values = {"trigger": word, "caption": text, "": ""}
-    filled = "".join(literal + values[field] for literal, field in parts)
-    return _one_line(filled) if text else _one_line(filled).strip(LOOSE)
+    values = {"trigger": HERE, "caption": text, "": ""}
+    filled = _one_line("".join(literal + values[field] for literal, field in parts))
+    return (filled if text else filled.strip(LOOSE)).replace(HERE, word)
 
 
 def holds(text: str, trigger: str) -> bool:

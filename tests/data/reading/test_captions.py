@@ -28,6 +28,7 @@ TAGS = st.lists(TAG, min_size=1, max_size=6, unique=True)
         (" ", "a photo", None, None, "a photo"),
         (None, None, None, None, ""),
         ("a dog", "a photo", "sks", None, "sks, a dog"),
+        (None, None, "0:", None, "0:"),
         ("a SKS dog", None, "sks", None, "a SKS dog"),
         ("a sksy dog", None, "sks", None, "sks, a sksy dog"),
         (None, "a photo of sks dog", "sks", None, "a photo of sks dog"),
