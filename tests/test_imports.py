@@ -12,10 +12,14 @@ ft.Training, ft.Run, ft.export
 from finetune.imports import LATER, Later
 import torch
 assert gc.isenabled()
-stood = {name: sys.modules[name] for name in LATER}
+stood = {name: sys.modules[name] for name in LATER if name in sys.modules}
 assert all(isinstance(module, Later) for module in stood.values()), stood
-assert not any(name.startswith(("scipy.linalg", "torch._dynamo.", "torch._inductor")) for name in sys.modules
-               if name not in LATER)
+assert LATER.keys() - stood.keys() <= {"torch.distributed.fsdp.wrap"}, LATER.keys() - stood.keys()
+loaded = [name for name in sys.modules if name not in LATER]
+left = ("scipy.linalg", "sympy", "torch._dynamo.", "torch._inductor", "torch._prims.", "torch._refs", "torch._decomp.",
+        "torch.fx.experimental.symbolic_shapes", "torch.distributed.tensor.", "torch.distributed.fsdp.", "urllib3",
+        "torch.distributed.elastic", "diffusers.models.transformers.ace_step_transformer")
+assert not [name for name in loaded if name.startswith(left)], [name for name in loaded if name.startswith(left)]
 
 weight = torch.nn.Parameter(torch.ones(3))
 optimizer = torch.optim.AdamW([weight], lr=0.1)
@@ -24,14 +28,49 @@ optimizer.step()
 assert weight.max() < 1
 from accelerate.utils import is_compiled_module
 assert not is_compiled_module(torch.nn.Linear(1, 1))
-assert {name: sys.modules[name] for name in LATER} == stood
+from torch.distributed.tensor import DTensor
+assert not isinstance(weight, DTensor) and not isinstance(weight, (str, DTensor))
+from transformers.distributed.utils import is_dtensor
+assert not is_dtensor(weight)
+assert {name: sys.modules[name] for name in stood} == stood
 """
 
 ASKED = """
+import diffusers
+assert diffusers.AutoencoderKL is diffusers.models.autoencoders.AutoencoderKL
+assert diffusers.models.transformers.FluxTransformer2DModel is diffusers.FluxTransformer2DModel
+assert diffusers.models.autoencoders.VQModel.__module__ == "diffusers.models.autoencoders.vq_model"
+assert isinstance(sys.modules["diffusers.models.autoencoders"], Later)
+diffusers.models.autoencoders.autoencoder_kl
+try:
+    diffusers.models.autoencoders.nothing
+except AttributeError:
+    pass
+else:
+    raise AssertionError
+
 import scipy.optimize, scipy.stats, transformers.loss.loss_for_object_detection as loss
 assert scipy.optimize.minimize_scalar(lambda x: (x - 2) ** 2).x.round(3) == 2
 assert [each.tolist() for each in loss.linear_sum_assignment([[1, 0], [0, 1]])] == [[0, 1], [1, 0]]
 assert scipy.stats.beta.ppf(0.5, 1, 1) == 0.5
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():  # LSTM's are among the operators that PyTorch follows in Python
+    assert torch.nn.LSTM(2, 3)(torch.ones(4, 1, 2))[0].shape == (4, 1, 3)
+assert torch._meta_registrations.activate_meta
+
+import transformers.distributed.mixin as mixin
+assert "colwise" in mixin.ALL_PARALLEL_STYLES and mixin.ALL_PARALLEL_STYLES["colwise"].input_layouts.is_replicate()
+assert mixin.replace_layer_number_by_wildcard("layers.3.weight") == "layers.*.weight"
+import torch.distributed.tensor.placement_types
+from transformers.distributed.checkpoint import Shard, _StridedShard
+assert torch.distributed.tensor.Shard is torch.distributed.tensor.placement_types.Shard
+assert isinstance(torch.distributed.tensor.Shard(0), Shard)
+assert not isinstance(torch.distributed.tensor.Shard(0), _StridedShard)
+assert issubclass(torch.distributed.tensor.DTensor, DTensor) and Shard(1).dim == 1
+class Own(DTensor):
+    pass
+assert issubclass(Own, torch.distributed.tensor.DTensor)
 
 import torch._dynamo.config
 real = sys.modules["torch._dynamo"]

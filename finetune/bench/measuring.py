@@ -19,7 +19,7 @@ from finetune import signals
 from finetune.bench.trainers import Trainer, Work
 from finetune.errors import Failure
 
-OBSERVER = Path(__file__).with_name("observer.py")
+WATCHED = Path(__file__).with_name("watched.py")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _observed(
     (place / "plan.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
     log, began = place / "log.txt", time.perf_counter()
     with log.open("wb") as file:
-        words = [command.python or sys.executable, str(OBSERVER), str(place / "plan.json")]
+        words = [command.python or sys.executable, str(WATCHED), str(place / "plan.json")]
         where = command.script.parent if command.script else None
         child = subprocess.Popen(words, stdout=file, stderr=file, env=_environment(place, threads), cwd=where)
         _, status, used = os.wait4(child.pid, 0)

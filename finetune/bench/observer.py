@@ -1,7 +1,6 @@
-"""Runs a training script as it is and writes down what its steps took: `python observer.py PLAN.json`.
+"""Writes down what the steps of a training script take, measured where it calls PyTorch and Accelerate.
 
-The script's text stays as it is; what is measured is where it calls PyTorch and Accelerate. Needs nothing of this
-package, so that a script may be run by a Python of its own.
+Needs nothing of this package, see `watched`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import hashlib
 import importlib
 import json
 import re
-import runpy
 import sys
 import time
 from pathlib import Path
@@ -236,33 +234,3 @@ def _inject_finetune(seen: Observer) -> None:
         return seen.timestep(place[1]) if purpose == "timestep" else integer(low, high, seed, purpose, *place)
 
     keys.normal, keys.integer = drawn, number
-
-
-def _set(constants: dict[str, dict[str, Any]]) -> None:
-    """Constants of a script's modules, for what it has no flag for: `module:Class` or `module`, then their names."""
-    for place, values in constants.items():
-        module, _, inside = place.partition(":")
-        owner = importlib.import_module(module)
-        owner = getattr(owner, inside) if inside else owner
-        for name, value in values.items():
-            setattr(owner, name, tuple(value) if isinstance(getattr(owner, name), tuple) else value)
-
-
-def main(plan: dict[str, Any]) -> None:
-    script = plan["script"]
-    sys.path[0] = str(Path(script).parent) if script else ""
-    sys.argv = [script or plan["module"], *plan["words"]]
-    _set(plan["constants"])
-    seen = Observer(plan)
-    seen.install()
-    try:
-        if script:
-            runpy.run_path(script, run_name="__main__")
-        else:
-            runpy.run_module(plan["module"], run_name="__main__", alter_sys=True)
-    finally:
-        seen.report()
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

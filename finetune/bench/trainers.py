@@ -48,7 +48,7 @@ class Command:
     python: str | None = None
     """An interpreter of its own"""
     constants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """What it has no flag for, see `observer`"""
+    """What it has no flag for, see `watched`"""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import importlib
 import json
 import mmap
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from finetune.weights import SUFFIX, read_header
 
@@ -45,43 +47,52 @@ def part(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module | None:
     )
     if reader is None or any(getattr(kind, f"_keep_in_fp32_modules{more}", None) for more in ("", "_strict")):
         return None
-    stem, made = reader
+    stem, configured = reader
     headers = {file: read_header(file)[::2] for file in _files(folder, stem)}
     types = {entry["dtype"] for entries, _ in headers.values() for entry in entries.values()}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not types or not types <= FLOATS.keys() or types <= {NAMES.get(dtype)} or "quantization_config" in config:
         return None
-    module = made(folder, kind, dtype, headers)
-    return module and module.eval()
+    with _without_values(dtype):
+        module: nn.Module = configured(kind, folder)
+    names = _names(module, headers)
+    if names is None:
+        return None
+    module.load_state_dict({names[name]: tensor for name, tensor in _read(headers, dtype)}, assign=True)
+    return module.eval()
 
 
-def _of_diffusers(folder: Path, kind: Any, dtype: torch.dtype, headers: Headers) -> nn.Module | None:
-    """By its configuration, buffers as diffusers computes them, parameters without values until they are read."""
+READERS: dict[type[nn.Module], tuple[str, Callable[[Any, Path], nn.Module]]] = {
+    ModelMixin: ("diffusion_pytorch_model", lambda kind, folder: kind.from_config(kind.load_config(folder))),
+    PreTrainedModel: ("model", lambda kind, folder: kind(kind.config_class.from_pretrained(folder))),
+}
+"""By base class: what its files are called, and how it is made of its configuration"""
+
+
+@contextmanager
+def _without_values(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, models have buffers as their libraries compute them, and parameters without values.
+
+    To draw those of an embedding, though none are kept, PyTorch would import sympy.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with init_empty_weights(include_buffers=False):
-            module: nn.Module = kind.from_config(kind.load_config(folder))
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            yield
     finally:
         torch.set_default_dtype(before)
-    shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-    if shapes != {name: entry["shape"] for entries, _ in headers.values() for name, entry in entries.items()}:
-        return None
-    module.load_state_dict(_read(headers, dtype), assign=True)
-    return module
 
 
-def _of_transformers(folder: Path, kind: Any, dtype: torch.dtype, headers: Headers) -> nn.Module:
-    config = kind.config_class.from_pretrained(folder)
-    module: nn.Module = kind.from_pretrained(None, config=config, state_dict=_read(headers, dtype), dtype=dtype)
-    return module
-
-
-READERS: dict[type[nn.Module], tuple[str, Callable[..., nn.Module | None]]] = {
-    ModelMixin: ("diffusion_pytorch_model", _of_diffusers),
-    PreTrainedModel: ("model", _of_transformers),
-}
-"""By base class: what its files are called, and how it is made of them"""
+def _names(module: nn.Module, headers: Headers) -> dict[str, str] | None:
+    """Of each tensor in the files, what it is called in the model: without the first word where that is in no name
+    there, as older text encoders of transformers were saved. None if they are others, or of other shapes."""
+    told = {name: entry["shape"] for entries, _ in headers.values() for name, entry in entries.items()}
+    wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    words = {name.partition(".")[0] for name in told}
+    cut = len(words) == 1 and not words & {name.partition(".")[0] for name in wanted}
+    names = {name: name.partition(".")[2] if cut else name for name in told}
+    return names if {names[name]: shape for name, shape in told.items()} == wanted else None
 
 
 def _files(folder: Path, stem: str) -> list[Path]:
@@ -93,8 +104,9 @@ def _files(folder: Path, stem: str) -> list[Path]:
     return [whole] if whole.is_file() else []
 
 
-def _read(headers: Headers, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: tensor for file, header in headers.items() for name, tensor in _tensors(file, *header, dtype)}
+def _read(headers: Headers, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for file, header in headers.items():
+        yield from _tensors(file, *header, dtype)
 
 
 def _tensors(file: Path, entries: Mapping[str, Any], begin: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
