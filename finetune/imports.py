@@ -1,97 +1,16 @@
-"""Heavy libraries, imported in half the time and two thirds of the memory."""
+"""Heavy libraries, imported in half the time and half the memory."""
 
 from __future__ import annotations
 
-import ast
 import gc
-import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property, partial
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from importlib.util import spec_from_loader
-from pathlib import Path
+from functools import cache, partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-
-class Later(ModuleType):
-    """Stands for a module until something of it is asked for; then that is imported.
-
-    These `names` of it may be had without, see `Named`.
-    """
-
-    def __init__(self, name: str, *names: str) -> None:
-        super().__init__(name)
-        self._names = names
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what Python itself asks of any module
-            raise AttributeError(name)
-        if name in self._names and self._stands():
-            return Named(self, name)
-        return getattr(self._real(), name)
-
-    def _stands(self) -> bool:
-        return sys.modules.get(self.__name__) is self
-
-    def _real(self) -> ModuleType:
-        whole(self.__name__)
-        return importlib.import_module(self.__name__)
-
-
-class Named:
-    """Stands for what is called, asked or derived from in such a module: then that is imported.
-
-    Nothing is an instance of a class whose module is not there.
-    """
-
-    def __init__(self, module: Later, name: str) -> None:
-        self._module, self._name = module, name
-
-    def _real(self) -> Any:
-        return getattr(self._module._real(), self._name)
-
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        return self._real()(*given, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._real(), name)
-
-    def __contains__(self, one: Any) -> bool:
-        return one in self._real()
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._real()[key]
-
-    def __instancecheck__(self, one: Any) -> bool:
-        return not self._module._stands() and isinstance(one, self._real())
-
-    def __subclasscheck__(self, one: Any) -> bool:
-        return not self._module._stands() and issubclass(one, self._real())
-
-    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self._real(),)
-
-
-class Shelf(Later):
-    """Stands for a package that does nothing but import its parts: of these what is asked for."""
-
-    @cached_property
-    def _homes(self) -> dict[str, str]:
-        """Where its `__init__.py` has each name from."""
-        text = Path(self.__path__[0], "__init__.py").read_text(encoding="utf-8")
-        taken = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.level == 1]
-        return {alias.asname or alias.name: str(node.module) for node in taken for alias in node.names}
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._homes or not self._stands():
-            return super().__getattr__(name)
-        return getattr(importlib.import_module(f"{self.__name__}.{self._homes[name]}"), name)
+from finetune.standing import Finder, Later, Shelf
 
 
 class NoCompiler(Later):
@@ -101,8 +20,8 @@ class NoCompiler(Later):
     libraries mark what is to be compiled in which way: the compiler is told of these marks once it is there.
     """
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
+    def __init__(self, finder: Finder, name: str) -> None:
+        super().__init__(finder, name)
         self.eval_frame = SimpleNamespace(OptimizedModule=type("OptimizedModule", (), {}))
         self._marked: list[tuple[str, Any]] = []
         self.allow_in_graph = partial(self._mark, "allow_in_graph")
@@ -129,14 +48,15 @@ class NoCompiler(Later):
 
 
 OPERATORS = "torch._meta_registrations"
-"""What operators make of tensors without values"""
+"""What many of PyTorch's operators make of tensors without values, in Python: it is never without, and parts of it
+count on that"""
 
 
-def _with(*names: str) -> Callable[[str], Later]:
-    return lambda name: Later(name, *names)
+def _with(*names: str) -> Callable[[Finder, str], Later]:
+    return lambda finder, name: Later(finder, name, *names)
 
 
-LATER: dict[str, Callable[[str], Later]] = {
+LATER: dict[str, Callable[[Finder, str], Later]] = {
     "diffusers.models.autoencoders": Shelf,
     "diffusers.models.transformers": Shelf,
     "requests": Later,
@@ -174,58 +94,7 @@ for options of theirs, by transformers' losses; by PyTorch's optimizers in case 
 masks; what many of its operators make of tensors without values, in Python; models in parts on several machines"""
 
 
-class Finder(MetaPathFinder, Loader):
-    """Finds stand-ins instead of modules while libraries are imported; later, parts of a package that something
-    stands for: with the package itself, which imports some of them."""
-
-    def __init__(self) -> None:
-        self.inside = False
-        self.asked: set[str] = set()
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        package = sys.modules.get(name.rpartition(".")[0])
-        if self.inside and name in LATER and name not in self.asked:
-            real = PathFinder.find_spec(name, path)
-            found = spec_from_loader(name, self, is_package=True)
-            if real is None or found is None:
-                return None
-            found.submodule_search_locations = real.submodule_search_locations or []
-            return found
-        if not isinstance(package, Later) or isinstance(package, Shelf):
-            return None
-        package._real()
-        return spec_from_loader(name, self)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        if spec.submodule_search_locations is not None:
-            return LATER[spec.name](spec.name)
-        made = importlib.import_module(spec.name)
-        spec.loader_state = made.__spec__
-        return made
-
-    def exec_module(self, module: ModuleType) -> None:
-        if not isinstance(module, Later):
-            module.__spec__ = module.__spec__ and module.__spec__.loader_state
-
-
-FINDER = Finder()
-
-
-def whole(name: str) -> None:
-    """From now on nothing stands for this module, nor for others of its package, which may count on each other."""
-    if name.startswith("torch.") and name != OPERATORS:  # without which PyTorch never is, so that its parts expect it
-        whole(OPERATORS)
-    package = name.split(".")[:2]
-    kin = [other for other in LATER if other.split(".")[:2] == package and other not in FINDER.asked]
-    FINDER.asked.update(kin)
-    stood = [other for other in kin if isinstance(sys.modules.get(other), Later)]
-    for other in stood:
-        del sys.modules[other]
-        parent, _, child = other.rpartition(".")
-        if parent in sys.modules:
-            vars(sys.modules[parent]).pop(child, None)
-    for other in stood:
-        importlib.import_module(other)
+FINDER = Finder(LATER, {"torch": OPERATORS})
 
 
 @contextmanager
@@ -237,11 +106,11 @@ def swift() -> Iterator[None]:
     imports wherever it is installed, compiles functions when it is imported, for which PyTorch loads its whole
     compiler: it has them as they are written instead.
     """
-    if FINDER.inside or not gc.isenabled():
+    if FINDER.active or not gc.isenabled():
         yield
         return
     gc.disable()
-    FINDER.inside = True
+    FINDER.active = True
     if FINDER not in sys.meta_path:
         sys.meta_path.insert(0, FINDER)
     try:
@@ -254,7 +123,7 @@ def swift() -> Iterator[None]:
             yield
     finally:
         _leave_out()
-        FINDER.inside = False
+        FINDER.active = False
         gc.enable()
 
 
@@ -272,7 +141,7 @@ def _foresee_fakes() -> None:
     begin = FakeTensorMode.__init__
 
     def begun(mode: FakeTensorMode, *given: Any, **named: Any) -> None:
-        whole(OPERATORS)
+        FINDER.whole(OPERATORS)
         begin(mode, *given, **named)
 
     known: Any = FakeTensorMode

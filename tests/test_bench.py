@@ -181,7 +181,7 @@ def test_a_script_that_fails_is_told_with_its_last_words(
 ) -> None:
     failing = tmp_path / "failing.py"
     failing.write_text("raise SystemExit('no such flag')")
-    monkeypatch.setattr(measuring, "OBSERVER", failing)
+    monkeypatch.setattr(measuring, "WATCHED", failing)
     with pytest.raises(SystemExit) as ended:
         cli.main(["bench", str(tmp_path / "out"), *SMALL, "--model", str(tmp_path)])
     told = capsys.readouterr().err

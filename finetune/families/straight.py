@@ -54,7 +54,7 @@ def part(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module | None:
     if not types or not types <= FLOATS.keys() or types <= {NAMES.get(dtype)} or "quantization_config" in config:
         return None
     with _without_values(dtype):
-        module: nn.Module = configured(kind, folder)
+        module = configured(kind, folder, dtype)
     names = _names(module, headers)
     if names is None:
         return None
@@ -62,9 +62,21 @@ def part(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module | None:
     return module.eval()
 
 
-READERS: dict[type[nn.Module], tuple[str, Callable[[Any, Path], nn.Module]]] = {
-    ModelMixin: ("diffusion_pytorch_model", lambda kind, folder: kind.from_config(kind.load_config(folder))),
-    PreTrainedModel: ("model", lambda kind, folder: kind(kind.config_class.from_pretrained(folder))),
+def _of_diffusers(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    model: nn.Module = kind.from_config(kind.load_config(folder))
+    return model
+
+
+def _of_transformers(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    config = kind.config_class.from_pretrained(folder)
+    config.dtype = dtype
+    model: nn.Module = kind(config)
+    return model
+
+
+READERS: dict[type[nn.Module], tuple[str, Callable[[Any, Path, torch.dtype], nn.Module]]] = {
+    ModelMixin: ("diffusion_pytorch_model", _of_diffusers),
+    PreTrainedModel: ("model", _of_transformers),
 }
 """By base class: what its files are called, and how it is made of its configuration"""
 
