@@ -231,10 +231,10 @@ def kept(unet: Any, autocast: bool) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("config", "widths", "dtype", "dropout", "bytes_left", "launches_left"),
     [
-        (SD15, (40, 80, 160, 160), torch.bfloat16, 0.0, 0.56, 0.70),
-        (SD15, (40, 80, 160, 160), torch.bfloat16, 0.1, 0.55, 0.78),
+        (SD15, (40, 80, 160, 160), torch.bfloat16, 0.0, 0.56, 0.63),
+        (SD15, (40, 80, 160, 160), torch.bfloat16, 0.1, 0.55, 0.71),
         (SD15, (40, 80, 160, 160), torch.float32, 0.0, 0.63, 0.85),
-        (SDXL, (40, 80, 160), torch.bfloat16, 0.0, 0.61, 0.66),
+        (SDXL, (40, 80, 160), torch.bfloat16, 0.0, 0.61, 0.57),
         (SDXL, (40, 80, 160), torch.float32, 0.0, 0.70, 0.82),
     ],
     ids=["sd15-bf16", "sd15-bf16-dropout", "sd15-fp32", "sdxl-bf16", "sdxl-fp32"],
@@ -284,7 +284,7 @@ SCRIPT = {torch.float32: 5570, torch.bfloat16: 5578}
 included, as `finetune bench` counts it"""
 
 
-@pytest.mark.parametrize(("dtype", "left"), [(torch.float32, 0.41), (torch.bfloat16, 0.46)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("dtype", "left"), [(torch.float32, 0.41), (torch.bfloat16, 0.41)], ids=["fp32", "bf16"])
 def test_a_step_computes_half_as_often_as_a_script(
     dtype: torch.dtype, left: float, whole: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from finetune.offload import Resting
 
 HELD = Tensor, FakeTensor
 """What a plain weight is: the second in a plan, where nothing has data"""
-FIXED = 5
+FIXED = 4
 """Arguments of `_LowRank` before A and B"""
 Frozen = tuple[Tensor | None, Any]
 """W and b; without W, W x + b"""
@@ -50,7 +50,6 @@ class _LowRank(Function):
 
     where all sums, over layers too, are taken by the matrix products themselves, in place, and the A of one d(x) are
     one matrix. What is kept is x, or what it was `normed` of, and which inputs were dropped; A d(x) is computed again.
-    A and B are computed with in x's precision and have their gradients in their own.
     """
 
     @staticmethod
@@ -60,10 +59,9 @@ class _LowRank(Function):
         frozen: tuple[Frozen, ...],
         thin: tuple[Thin, ...],
         normed: Normed | None,
-        own: tuple[Tensor, ...],
         *halves: Tensor,
     ) -> tuple[Tensor, ...]:
-        """`own`: A and B of each adapter in x's precision; `halves`: as they train"""
+        """`halves`: A and B of each adapter, all in x's precision"""
         rows, ys = x.reshape(-1, x.shape[-1]), [b if w is None else functional.linear(x, w, b) for w, b in frozen]
         masks = []
         for group in _groups(thin):
@@ -71,28 +69,29 @@ class _LowRank(Function):
             if share := group[0].share:
                 given, mask = torch.native_dropout(rows, share, True)
                 masks.append(mask)
-            inner = (given @ _down(group, own).t()).split(_ranks(group, own), 1)
+            inner = (given @ _down(group, halves).t()).split(_ranks(group, halves), 1)
             for one, part in zip(group, inner, strict=True):
                 y = ys[one.layer]
-                y.view(-1, y.shape[-1]).addmm_(part, own[one.up].t(), alpha=one.scale)
+                y.view(-1, y.shape[-1]).addmm_(part, halves[one.up].t(), alpha=one.scale)
         ctx.thin, ctx.normed = thin, normed and normed[3:]
         weights = [weight for weight, _ in frozen]
-        ctx.save_for_backward(*(normed[:3] if normed else (x, None, None)), *own, *weights, *masks)
+        ctx.save_for_backward(*(normed[:3] if normed else (x, None, None)), *halves, *weights, *masks)
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors  # asked for once: where they are computed again, that is done then
-        norm, own, rest = saved[:2], saved[2 : 2 + 2 * len(ctx.thin)], iter(saved[2 + 2 * len(ctx.thin) :])
+        norm, halves, rest = saved[:2], saved[2 : 2 + 2 * len(ctx.thin)], iter(saved[2 + 2 * len(ctx.thin) :])
         x = Normed(x, *norm, *ctx.normed).again() if ctx.normed else x
         rows, gs = x.reshape(-1, x.shape[-1]), [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         weights = [next(rest) for _ in gs]
         dx = _summed(gs, weights) if ctx.needs_input_grad[0] else None
-        found: list[Tensor | None] = [None] * len(own)
+        found: list[Tensor | None] = [None] * len(halves)
         for group in _groups(ctx.thin):
-            down, ranks, mask = _down(group, own), _ranks(group, own), next(rest) if group[0].share else None
-            inner = _beside([_product(gs[one.layer], own[one.up], one.scale) for one in group], 1)  # (n, sum of r)
+            down, ranks = _down(group, halves), _ranks(group, halves)
+            mask = next(rest) if group[0].share else None
+            inner = _beside([_product(gs[one.layer], halves[one.up], one.scale) for one in group], 1)  # (n, sum of r)
             if dx is not None and mask is None:
                 dx.addmm_(inner, down)
             elif dx is not None:
@@ -111,13 +110,13 @@ def _groups(thin: Sequence[Thin]) -> list[list[Thin]]:
     return [group for group in groups if group]
 
 
-def _down(group: Sequence[Thin], own: Sequence[Tensor]) -> Tensor:
+def _down(group: Sequence[Thin], halves: Sequence[Tensor]) -> Tensor:
     """Their A, one under the other: (sum of r, in)"""
-    return _beside([own[one.down] for one in group], 0)
+    return _beside([halves[one.down] for one in group], 0)
 
 
-def _ranks(group: Sequence[Thin], own: Sequence[Tensor]) -> list[int]:
-    return [own[one.down].shape[0] for one in group]
+def _ranks(group: Sequence[Thin], halves: Sequence[Tensor]) -> list[int]:
+    return [halves[one.down].shape[0] for one in group]
 
 
 def _beside(parts: list[Tensor], dim: int) -> Tensor:
@@ -164,14 +163,13 @@ def together(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
 
 def _computed(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
     thin: list[Thin] = []
-    halves: list[Any] = []
+    halves: list[Tensor] = []
     for number, layer in enumerate(layers):
         for name in _active(layer, x):
             thin.append(Thin(number, len(halves), layer.scaling[name], _share(layer.lora_dropout[name])))
-            halves += [half[name].weight for half in (layer.lora_A, layer.lora_B)]
+            halves += [_in(x.dtype, half[name].weight) for half in (layer.lora_A, layer.lora_B)]
     frozen = tuple(_frozen(layer.base_layer, x) for layer in layers)
-    own = tuple(_in(x.dtype, half) for half in halves)
-    made: tuple[Tensor, ...] = _LowRank.apply(x, frozen, tuple(thin), getattr(x, "normed", None), own, *halves)
+    made: tuple[Tensor, ...] = _LowRank.apply(x, frozen, tuple(thin), getattr(x, "normed", None), *halves)
     return made
 
 
@@ -208,10 +206,7 @@ def rounded(layers: Iterable[Linear], dtype: torch.dtype) -> Iterator[None]:
     if not weights or any(type(weight.data) not in HELD for weight in weights):  # shared out among processes
         yield
         return
-    with torch.no_grad():
-        copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-        torch._foreach_copy_(copies, weights)
-    for weight, copy in zip(weights, copies, strict=True):
+    for weight, copy in zip(weights, _Rounded.apply(dtype, *weights), strict=True):
         weight.rounded = copy
     try:
         yield
@@ -220,10 +215,34 @@ def rounded(layers: Iterable[Linear], dtype: torch.dtype) -> Iterator[None]:
             del weight.rounded
 
 
+class _Rounded(Function):
+    """Weights in another precision, and their gradients in the weights' own."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = weights[0].dtype
+        ctx.set_materialize_grads(False)
+        copies = _copied(weights, dtype)
+        ctx.mark_non_differentiable(*[copy for copy, of in zip(copies, weights, strict=True) if not of.requires_grad])
+        return copies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = iter(_copied([grad for grad in grads if grad is not None], ctx.dtype))
+        return None, *[None if grad is None else next(found) for grad in grads]
+
+
+def _copied(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(copies, list(tensors))
+    return tuple(copies)
+
+
 def _in(dtype: torch.dtype, weight: Tensor) -> Tensor:
-    """A thin weight in this precision, as a number of its own."""
+    """A thin weight in this precision."""
     copy: Tensor | None = None if torch.compiler.is_compiling() else getattr(weight, "rounded", None)
-    return copy if copy is not None and copy.dtype == dtype else weight.detach().to(dtype)
+    return copy if copy is not None and copy.dtype == dtype else weight.to(dtype)
 
 
 def _is_plain(layer: Any, kind: Any) -> bool:
