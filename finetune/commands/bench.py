@@ -105,8 +105,12 @@ def _check(config: Config) -> None:
         raise Fault(f"--model {config.model}: there is no such folder. Name one, or {', '.join(MODELS)}.")
     if isinstance(config.model, Path) and config.divisor:
         raise Fault(f"--divisor {config.divisor}: is for a model that is made, and {config.model} is there already.")
-    if config.against and config.model == "sdxl":
-        raise Fault(f"--against {config.against[0]} --model sdxl: its script trains Stable Diffusion 1.x. Take sd15.")
+    if config.against and not isinstance(config.model, Path):
+        from finetune.bench import model
+
+        if not model.MODELS[config.model].rivals:
+            told = f"--against {config.against[0]} --model {config.model}"
+            raise Fault(f"{told}: its script trains Stable Diffusion 1.x. Take sd15.")
 
 
 def _work(config: Config, other: Trainer) -> Work:
